@@ -1,0 +1,32 @@
+# Two commands: `make quickstart` runs the whole loop on this machine, `make test` runs the tests. Both set up first.
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-slow lint types lock clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: ## make .venv from the lock; nothing to do in under a second when it is there
+	@requirements/setup.sh
+
+quickstart: setup ## one whole Montessori-Instruct iteration on a real model; the same command continues it
+	@.venv/bin/python jobs/full_loop.py --config configs/quickstart.yaml
+
+test: setup ## tests in under 15 minutes on 2 cores, one small loop on the real model among them
+	.venv/bin/python -m pytest -m "not slow"
+	.venv/bin/python -m pytest -m "slow and loop"
+
+test-slow: setup ## tests that start clusters, kill processes and resume
+	.venv/bin/python -m pytest -m "slow and not loop"
+
+lint: setup ## ruff, formatting included
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+types: setup ## mypy, strict
+	.venv/bin/mypy montessori_ray jobs
+
+lock: setup ## resolve requirements/*.in into the locks again
+	@requirements/lock.sh
+
+clean: ## remove the environment and the quickstart's run
+	rm -rf .venv runs/quickstart

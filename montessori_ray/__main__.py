@@ -1,0 +1,5 @@
+"""`python -m montessori_ray` is the `montessori` command."""
+
+from montessori_ray.cli import main
+
+main()

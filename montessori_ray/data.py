@@ -1,0 +1,99 @@
+"""Rows a user brings: Parquet, JSONL, Arrow or Hub datasets, read once into the run with the project's own columns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+
+from montessori_ray.config import DataFile
+from montessori_ray.errors import DataError
+
+READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".arrow": "arrow"}
+"""File ending -> 🤗 Datasets reader."""
+
+
+def read_rows(role: str, file: DataFile, *, needs_response: bool) -> Iterator[dict[str, Any]]:
+    """Rows `example_id, instruction, response, category` of the file or dataset called `role` in the config.
+
+    Args:
+        role: `seeds`, `reference` or `held_out`; prefix of the ids.
+        file: where the rows are and how their columns are called.
+        needs_response: whether every row must have a response; others have None.
+
+    Raises:
+        DataError: nothing is there, it cannot be read, a column is missing, or no row is left.
+    """
+    table = _open(role, file)
+    _require_columns(role, file, table, needs_response)
+    stop = len(table) if file.rows is None else min(file.start + file.rows, len(table))
+    if stop <= file.start:
+        raise DataError(f"data.{role}: {file.path} has {len(table)} rows, none from row {file.start} on")
+    for number in range(file.start, stop):
+        row = table[number]
+        instruction = (row[file.instruction] or "").strip()
+        extra = (row[file.input] or "").strip() if file.input else ""
+        response = (row[file.response] or "").strip() if file.response else None
+        if not instruction or (needs_response and not response):
+            missing = file.response if instruction else file.instruction
+            raise DataError(f"data.{role}: row {number} of {file.path} has an empty {missing!r}; remove or fill it")
+        yield {
+            "example_id": f"{role}-{number:06d}",
+            "instruction": f"{instruction}\n\n{extra}" if extra else instruction,
+            "response": response,
+            "category": row[file.category] if file.category else None,
+        }
+
+
+def require_disjoint(name: str, rows: list[str], other_name: str, other_rows: list[str]) -> None:
+    """Refuse two sets of instructions that share one, letter case and white space aside.
+
+    Raises:
+        DataError: they overlap; names the count and one of the shared instructions.
+    """
+    seen = {_normalised(row) for row in other_rows}
+    shared = [row for row in rows if _normalised(row) in seen]
+    if shared:
+        raise DataError(
+            f"{len(shared)} of the {len(rows)} {name} rows are also in the {other_name} set (first: "
+            f"{shared[0][:60]!r}); the held-out result would be worth nothing, remove them from one of the two"
+        )
+
+
+def _normalised(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip().casefold()
+
+
+def _open(role: str, file: DataFile) -> Dataset:
+    path = Path(file.path)
+    looks_local = path.suffix in READERS or "://" in file.path or path.is_absolute() or path.exists()
+    if looks_local and "://" not in file.path and not path.exists():
+        raise DataError(f"data.{role}: no file at {file.path}")
+    try:
+        if not looks_local:
+            return load_dataset(file.path, split=file.split)
+        files = sorted(map(str, path.glob("*"))) if path.is_dir() else [file.path]
+        files = [name for name in files if Path(name).suffix in READERS]
+        if not files:
+            raise DataError(f"data.{role}: {file.path} holds no {', '.join(READERS)} file")
+        return load_dataset(READERS[Path(files[0]).suffix], data_files=files, split="train")
+    except DataError:
+        raise
+    except Exception as error:  # Datasets wraps what readers raise in types of its own; all mean the same here
+        cause = error.__cause__ or error
+        raise DataError(f"data.{role}: cannot read {file.path}: {type(cause).__name__}: {cause}") from error
+
+
+def _require_columns(role: str, file: DataFile, table: Dataset, needs_response: bool) -> None:
+    if needs_response and file.response is None:
+        raise DataError(f"data.{role}.response is not set: name the column of {file.path} with the responses")
+    for field in ("instruction", "input", "response", "category"):
+        column = getattr(file, field)
+        if column is not None and column not in table.column_names:
+            raise DataError(
+                f"data.{role}: {file.path} has no column {column!r}, only {', '.join(table.column_names)}; "
+                f"set data.{role}.{field}"
+            )

@@ -1,0 +1,195 @@
+"""The reference loss: what influence is a change of.
+
+The reference loss is the mean over the reference examples of each example's mean loss over its response tokens. Rows
+are tokenized once, sorted by length and cut into batches by a budget of padded tokens; logits are computed only where a
+response token is predicted, and only a chunk of positions at a time (at 49,152 words a full batch of 8,192 tokens would
+hold 1.6 GB of logits, most of them for tokens nobody asks about).
+
+Shapes: R rows of a batch, T padded tokens, N response tokens of a batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from montessori_ray.errors import DataError
+from montessori_ray.training.chat import Encoded, collate
+
+IGNORED = -100
+CHUNK_LOGITS = 2**25
+"""Logits held at once: 128 MiB in float32."""
+
+
+class ChunkedCrossEntropy(nn.Module):
+    """Cross entropy of hidden states against words, through the output embedding whose parameters it shares.
+
+    A module of its own, which computes all chunks in one call, so that an engine with sharded weights gathers the
+    embedding once a batch.
+    """
+
+    def __init__(self, embedding: nn.Linear) -> None:
+        super().__init__()
+        self.weight = embedding.weight
+        self.bias = embedding.bias
+
+    def forward(self, hidden: Tensor, words: Tensor) -> Tensor:
+        """Float32 cross entropies (N,) of words (N,) after hidden states (N, H)."""
+        rows = max(1, CHUNK_LOGITS // len(self.weight))
+        parts = [
+            F.cross_entropy(F.linear(states, self.weight, self.bias).float(), targets, reduction="none")
+            for states, targets in zip(hidden.split(rows), words.split(rows), strict=True)
+        ]
+        return torch.cat(parts)
+
+
+class ResponseLoss(nn.Module):
+    """A causal language model that returns every row's mean cross entropy over its response tokens.
+
+    The model is wrapped, rather than its parts called from outside, so that an engine which gathers sharded weights in
+    forward hooks sees one whole forward pass.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.head = ChunkedCrossEntropy(model.get_output_embeddings()) if _head_is_plain(model) else None
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        """Losses (R,) in float64 of rows (R, T); labels are -100 where the loss is not asked for.
+
+        Cross entropy is float32; a row without response tokens gives NaN.
+        """
+        targets = labels[:, 1:]
+        asked = targets != IGNORED
+        if self.head is not None:
+            hidden = self.model.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            losses = self.head(hidden.last_hidden_state[:, :-1][asked], targets[asked])
+        else:
+            losses = self._by_row(input_ids, attention_mask, targets)
+        # Unique positions, then one sum a row: unlike index_add this is deterministic on CUDA.
+        dense = torch.zeros(targets.shape, dtype=torch.float64, device=losses.device)
+        dense[asked] = losses.double()
+        return dense.sum(dim=1) / asked.sum(dim=1)
+
+    def _by_row(self, input_ids: Tensor, attention_mask: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropies (N,) from the model's own logits, a row at a time."""
+        losses = []
+        for ids, mask, words in zip(input_ids, attention_mask, targets, strict=True):
+            length = int(mask.sum())
+            asked = words[: length - 1] != IGNORED
+            keep = length - int(asked.int().argmax())
+            logits = self._logits(ids[None, :length], mask[None, :length], keep)[0, :-1]
+            asked, words = asked[-(keep - 1) :], words[length - keep : length - 1]
+            losses.append(F.cross_entropy(logits[asked].float(), words[asked], reduction="none"))
+        return torch.cat(losses)
+
+    def _logits(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
+        """The model's own logits (1, keep, V) of the last `keep` positions."""
+        limit = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **limit)
+        return output.logits[:, -keep:]
+
+
+@torch.no_grad()
+def _head_is_plain(model: Any) -> bool:
+    """Whether logits are the output embedding of the decoder's states and nothing else.
+
+    Some families scale or cap their logits (Gemma 2, Cohere, Granite) under names of their own, so it is tried on a few
+    tokens instead of looked up.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        return False
+    was_training = model.training
+    model.eval()
+    tokens = torch.arange(1, 9, device=model.device)[None] % model.config.get_text_config().vocab_size
+    states = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+    plain = torch.allclose(head(states), model(input_ids=tokens, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+    model.train(was_training)
+    return plain
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceBatch:
+    """Reference rows of one forward pass."""
+
+    rows: tuple[int, ...]
+    """Their indices in the reference set."""
+    tensors: dict[str, Tensor]
+    """Arguments of `ResponseLoss`, each (R, T)."""
+
+
+class ReferenceSet:
+    """One rank's share of the tokenized reference rows, in batches of similar length.
+
+    The rows, sorted by length, are dealt to the ranks in turn, the last ones repeated until every rank has as many;
+    batches are cut at the same places on all ranks. So all ranks run the same number of passes of the same sizes, which
+    an engine with sharded weights needs (its gathers are collective), and none waits long for another.
+    """
+
+    def __init__(self, encoded: Sequence[Encoded], tokens: int, pad_token_id: int, rank: int = 0, world: int = 1):
+        """
+        Args:
+            encoded: the reference rows.
+            tokens: padded tokens a batch may hold; a batch has one row at least.
+            pad_token_id: what short rows are filled up with; never attended to.
+            rank: index of this rank in the scoring group.
+            world: ranks of the scoring group.
+
+        Raises:
+            DataError: there is no row, or one has no response token.
+        """
+        if not encoded:
+            raise DataError("the reference set is empty: data.reference needs at least one row with a response")
+        for index, row in enumerate(encoded):
+            if not row.response_tokens:
+                raise DataError(
+                    f"reference row {index} has no response token within student.max_length: leave it out of "
+                    "data.reference or raise student.max_length"
+                )
+        self.rows = len(encoded)
+        self.shortest = min(encoded, key=lambda row: len(row.input_ids))
+        order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index].input_ids))
+        order += order[-1:] * (-len(order) % world)
+        lengths = [len(encoded[index].input_ids) for index in order[::world]]
+        mine = order[rank::world]
+        self.batches = [
+            ReferenceBatch(tuple(mine[span]), collate([encoded[index] for index in mine[span]], pad_token_id))
+            for span in _spans(lengths, tokens)
+        ]
+
+    @torch.no_grad()
+    def losses(self, loss: nn.Module, device: torch.device) -> Tensor:
+        """This rank's row losses in a float64 CPU tensor (rows,); NaN for rows of other ranks."""
+        result = torch.full((self.rows,), torch.nan, dtype=torch.float64)
+        for batch in self.batches:
+            tensors = {name: tensor.to(device) for name, tensor in batch.tensors.items()}
+            result[list(batch.rows)] = loss(**tensors).cpu()
+        return result
+
+
+def _spans(lengths: Sequence[int], tokens: int) -> Iterator[slice]:
+    """Cut falling lengths into runs whose longest row times their count stays within `tokens`."""
+    start = 0
+    while start < len(lengths):
+        stop = min(len(lengths), start + max(1, tokens // lengths[start]))
+        yield slice(start, stop)
+        start = stop
+
+
+def influence_and_se(before: Tensor, after: Tensor) -> tuple[float, float]:
+    """Influence and its standard error over the reference rows, from row losses (rows,) before and after a step.
+
+    Influence is the mean of the row differences (negative: the step helps); the standard error is their standard
+    deviation over the square root of their number, NaN for a single row.
+    """
+    difference = after - before
+    error = difference.std(correction=1) / len(difference) ** 0.5 if len(difference) > 1 else torch.tensor(torch.nan)
+    return float(difference.mean()), float(error)

@@ -1,0 +1,62 @@
+"""One AdamW step, written out (paper section 3.2 takes one on each probing example; Loshchilov & Hutter 2019).
+
+Pure torch on plain tensors: the oracle of the tests, and the parameter change that a first-order estimate needs.
+Scoring itself steps with `torch.optim.AdamW`, which computes the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+OPTIMIZER_JSON = "optimizer.json"
+"""File of a warmed student that holds the fields of `AdamW`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdamW:
+    """Settings of the one step and how many steps the moments already hold."""
+
+    step: int
+    """Steps taken before this one; 0 with fresh moments."""
+    learning_rate: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    max_grad_norm: float
+    """Global gradient norm above which gradients are scaled down; 0 switches clipping off."""
+
+    @staticmethod
+    def load(student: Path) -> AdamW:
+        """Read what the warm-up wrote into the student's directory."""
+        fields = json.loads((student / OPTIMIZER_JSON).read_text(encoding="utf-8"))
+        return AdamW(**{**fields, "betas": tuple(fields["betas"])})
+
+
+def clip_scale(gradients: Iterable[Tensor], max_grad_norm: float) -> Tensor:
+    """Factor (scalar, at most 1) that clips the global norm of `gradients`, as `torch.nn.utils.clip_grad_norm_`."""
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]))
+    return torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0) if max_grad_norm > 0 else torch.ones_like(norm)
+
+
+def adamw_change(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, settings: AdamW) -> Tensor:
+    """What one AdamW step adds to `weight`, given the moments before it and an already clipped gradient.
+
+    All tensors have one shape; none is changed. A zero gradient does not give a zero change: the momentum of the
+    earlier steps goes on moving the weights, and weight decay shrinks them.
+    """
+    beta1, beta2 = settings.betas
+    step = settings.step + 1
+    mean = (beta1 * exp_avg + (1 - beta1) * gradient) / (1 - beta1**step)
+    variance = (beta2 * exp_avg_sq + (1 - beta2) * gradient.square()) / (1 - beta2**step)
+    return -settings.learning_rate * (settings.weight_decay * weight + mean / (variance.sqrt() + settings.eps))
+
+
+def null_step_change(weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, settings: AdamW) -> Tensor:
+    """`adamw_change` for a zero gradient: the drift that `baseline: null_step` takes out of every score."""
+    return adamw_change(weight, torch.zeros_like(weight), exp_avg, exp_avg_sq, settings)

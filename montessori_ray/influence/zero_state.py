@@ -1,0 +1,189 @@
+"""The state of a DeepSpeed engine, in memory: put moments in, remember it, go back to it, fingerprint it.
+
+DeepSpeed's own ways do not serve: its checkpoints load at the world size they were saved with only, its `safe_set_*`
+functions fail on ZeRO-3 when sizes do not divide, and its state dicts copy everything once more. So this module reads
+the flat float32 partitions that the optimizer steps, which are private attributes: the version is checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+DEEPSPEED_VERSION = "0.19.8"
+"""The release whose partition layout `masters` knows."""
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Elements `[source, source + length)` of a flattened parameter lie at `[offset, offset + length)` of a master."""
+
+    parameter: Tensor
+    source: int
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Master:
+    """A float32 tensor that this rank's optimizer steps, and the pieces of parameters in it; the rest is padding."""
+
+    tensor: Tensor
+    pieces: tuple[Piece, ...]
+
+
+def masters(engine: Any) -> list[Master]:
+    """This rank's masters, for ZeRO stages 0 to 3 in float32."""
+    assert deepspeed.__version__ == DEEPSPEED_VERSION, (
+        f"deepspeed {deepspeed.__version__} is installed; scoring knows the partitions of {DEEPSPEED_VERSION} only"
+    )
+    stage = engine.zero_optimization_stage()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if stage == 0:
+        whole = (p for group in engine.optimizer.param_groups for p in group["params"])
+        return [Master(p, (Piece(p, 0, 0, p.numel()),)) for p in whole]
+    zero = engine.optimizer
+    if stage in (1, 2):
+        groups = zip(
+            zero.single_partition_of_fp32_groups, zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets,
+            strict=True,
+        )  # fmt: skip
+        return [Master(flat, _window(params, offsets, rank * len(flat), len(flat))) for flat, params, offsets in groups]
+    partitions = zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
+    return [Master(flat, _shards(params, rank, world)) for flat, params in partitions]
+
+
+def _window(parameters: Sequence[Tensor], offsets: Sequence[int], start: int, length: int) -> tuple[Piece, ...]:
+    """Stages 1 and 2: all parameters lie end to end at `offsets`; a rank's master is a window of that."""
+    pieces = []
+    for parameter, offset in zip(parameters, offsets, strict=True):
+        low, high = max(offset, start), min(offset + parameter.numel(), start + length)
+        if low < high:
+            pieces.append(Piece(parameter, low - offset, low - start, high - low))
+    return tuple(pieces)
+
+
+def _shards(parameters: Sequence[Any], rank: int, world: int) -> tuple[Piece, ...]:
+    """Stage 3: every parameter is cut into `world` equal shards, the last one padded; a master joins a rank's shards."""
+    pieces, offset = [], 0
+    for parameter in parameters:
+        shard = parameter.partition_numel()
+        source = rank * shard
+        length = min(shard, parameter.ds_numel - source)
+        if length > 0:
+            pieces.append(Piece(parameter, source, offset, length))
+        offset += shard
+    return tuple(pieces)
+
+
+class EngineState:
+    """Remembers an engine's state, masters, moments, step counts, counters and random generators, and restores it.
+
+    Each rank keeps its own partition (12 bytes a weight, divided by the ranks of a sharded group).
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._masters = masters(engine)
+        self._saved: list[Tensor] = []
+        self._saved_counters: dict[str, int] = {}
+        self._saved_generators: list[Tensor] = []
+
+    def set_moments(self, step: int, read: Callable[[str, Tensor], Tensor] | None) -> None:
+        """Give the optimizer its moments.
+
+        Args:
+            step: steps the moments hold.
+            read: returns the whole moment, by its name ("exp_avg", "exp_avg_sq"), of a parameter of the engine's
+                module; None sets zeros.
+        """
+        for master in self._masters:
+            flat = {moment: torch.zeros_like(master.tensor) for moment in MOMENTS}
+            for piece in master.pieces if read is not None else ():
+                for moment in MOMENTS:
+                    part = read(moment, piece.parameter).reshape(-1)[piece.source : piece.source + piece.length]
+                    flat[moment].view(-1)[piece.offset : piece.offset + piece.length] = part
+            group = self._engine.basic_optimizer.param_groups[0]
+            device = master.tensor.device if group["fused"] or group["capturable"] else "cpu"
+            count = torch.tensor(float(step), dtype=torch.float32, device=device)
+            self._engine.basic_optimizer.state[master.tensor] = {"step": count, **flat}
+
+    def save(self) -> None:
+        """Remember the present state."""
+        self._saved = [tensor.clone() for tensor in self._tensors()]
+        self._saved_counters = {name: getattr(self._engine, name) for name in COUNTERS}
+        self._saved_generators = _generators()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Go back to the remembered state, bit for bit."""
+        stage = self._engine.zero_optimization_stage()
+        if stage == 3:
+            self._engine.optimizer.parameter_offload.partition_all_parameters()
+        torch._foreach_copy_(self._tensors(), self._saved)
+        if stage in (1, 2):
+            self._engine.optimizer.update_lp_params()
+        elif stage == 3:
+            self._engine.optimizer.checkpoint_event_epilogue()
+        for name, value in self._saved_counters.items():
+            setattr(self._engine, name, value)
+        _set_generators(self._saved_generators)
+
+    def digest(self) -> str:
+        """A fingerprint of the state and of the working copies made from it, equal on all ranks of the group."""
+        working: list[Tensor] = list(self._engine.module.buffers())
+        if self._engine.zero_optimization_stage() in (1, 2):
+            working += self._engine.optimizer.bit16_groups_flat
+        counters = [getattr(self._engine, name) for name in COUNTERS]
+        mine = [counters, *(checksum(tensor) for tensor in (*self._tensors(), *working, *_generators()))]
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        return hashlib.sha256(repr(everyone).encode()).hexdigest()
+
+    def _tensors(self) -> list[Tensor]:
+        """Masters, moments and step counts of this rank, always in the same order."""
+        state = self._engine.basic_optimizer.state
+        return [
+            tensor
+            for master in self._masters
+            for tensor in (master.tensor.detach(), *(state[master.tensor][key] for key in (*MOMENTS, "step")))
+        ]
+
+
+def _generators() -> list[Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
+
+
+def _set_generators(states: Sequence[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state)
+
+
+_CHUNK = 2**18  # stays in a core's cache
+_MULTIPLIER = -7046029254386353131  # 2^64 / golden ratio, as a signed odd number
+
+
+@torch.no_grad()
+def checksum(tensor: Tensor) -> int:
+    """64-bit sum of a tensor's 32-bit (else 8-bit) words times odd numbers that depend on their places.
+
+    Any single changed word changes it. Runs where the tensor is: hashing on the host would copy all weights of a GPU.
+    """
+    flat = tensor.detach().reshape(-1)
+    words = flat.view(torch.int32 if flat.element_size() % 4 == 0 else torch.uint8)
+    places = torch.arange(min(_CHUNK, words.numel()), device=words.device) * _MULTIPLIER | 1
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    for index, chunk in enumerate(words.split(_CHUNK)):
+        total += (places[: len(chunk)] * chunk).sum() * (2 * index + 1)
+    return int(total) % 2**64

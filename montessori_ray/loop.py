@@ -1,0 +1,284 @@
+"""The driver: Montessori-Instruct as a list of stages, run one after the other.
+
+`stages_of` reads like the algorithm (paper section 3, docs/architecture.md). `run_loop` runs what is not finished yet:
+the same call starts a run, continues a killed one, and shows a finished one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from montessori_ray.artifacts.run import Run
+from montessori_ray.cluster import Bundle, require_room
+from montessori_ray.config import Config, Training
+from montessori_ray.errors import ConfigError, RunError
+from montessori_ray.session import Session
+from montessori_ray.stages import evaluate, inputs, pair, score, split, synthesize, train, tune_teacher
+from montessori_ray.stages import schemas as columns
+from montessori_ray.stages.base import Stage, identity_of
+
+SEEDS, REFERENCE, HELD_OUT = "inputs/seeds", "inputs/reference", "inputs/held_out"
+TEACHER, STUDENT = "inputs/teacher", "inputs/student"
+STUDENT_KEYS = ("student.chat_template", "student.max_length")
+FIRST_WARMED = "iteration_00/warmed_student"
+"""Fresh instructions of all teachers are scored against one student, so that only the teachers differ."""
+
+
+def stages_of(config: Config) -> list[Stage]:
+    """All stages of a run, in the order they run."""
+    stages = _inputs()
+    teacher = TEACHER
+    fresh_sets: list[str] = []
+    both_sets = config.split.warmup + config.split.probing + 2 * config.synthesize.n  # whole prompts overshoot
+    for number in range(config.iterations):
+        name = f"iteration_{number:02d}"
+        stages += _synthesize(config, name, teacher, both_sets)
+        stages += _fresh(config, name, teacher, fresh_sets)
+        stages += _tune(config, name, teacher)
+        teacher = f"{name}/teacher"
+    stages += _synthesize(config, "final", teacher, config.training_set)
+    stages += _fresh(config, "final", teacher, fresh_sets)
+    stages += _train_and_evaluate(config, fresh_sets)
+    return stages
+
+
+def _inputs() -> list[Stage]:
+    """What the user brings, checked and copied into the run."""
+    rows = columns.INPUT_ROWS
+    return [
+        Stage(
+            name="inputs/seeds", output=SEEDS, body=inputs.import_seeds, schema=rows,
+            settings=("data.seeds", "synthesize.shots"),
+        ),
+        Stage(
+            name="inputs/reference", output=REFERENCE, body=inputs.import_reference, schema=rows,
+            settings=("data.reference",),
+        ),
+        Stage(
+            name="inputs/held_out", output=HELD_OUT, body=inputs.import_held_out, schema=rows,
+            inputs=(REFERENCE,), settings=("data.held_out",),
+        ),
+        Stage(name="inputs/teacher", output=TEACHER, body=inputs.import_teacher, settings=("teacher",)),
+        Stage(name="inputs/student", output=STUDENT, body=inputs.import_student, settings=("student",)),
+    ]  # fmt: skip
+
+
+def _synthesize(config: Config, name: str, teacher: str, target: int) -> list[Stage]:
+    """1. The teacher writes instructions and answers them."""
+    return _write(config, name, teacher, target, prefix="", learn_shots=True)
+
+
+def _fresh(config: Config, name: str, teacher: str, fresh_sets: list[str]) -> list[Stage]:
+    """What the teacher writes to prompts that every teacher is shown and nothing is trained on, to judge it by."""
+    if not config.evaluate.fresh:
+        return []
+    fresh_sets.append(f"{name}/fresh_set")
+    return [
+        *_write(config, name, teacher, config.evaluate.fresh, prefix="fresh_", learn_shots=False),
+        Stage(
+            name=f"{name}/fresh_set", output=f"{name}/fresh_set", body=split.make_fresh_set, schema=columns.EXAMPLES,
+            inputs=(f"{name}/fresh_responses",), settings=("evaluate.fresh", "synthesize.drop_truncated"),
+            rows=config.evaluate.fresh,
+        ),
+    ]  # fmt: skip
+
+
+def _write(config: Config, name: str, teacher: str, target: int, *, prefix: str, learn_shots: bool) -> list[Stage]:
+    instructions, responses = f"{name}/{prefix}instructions", f"{name}/{prefix}responses"
+    stream = prefix or name  # fresh prompts are the same for every teacher
+    sample = partial(
+        synthesize.synthesize_instructions, name=f"{name}-{prefix}".replace("_-", "-").rstrip("-_"), stream=stream,
+        target=target, learn_shots=learn_shots,
+    )  # fmt: skip
+    sizes = ("training_set",) if name == "final" and not prefix else ()
+    return [
+        Stage(
+            name=instructions, output=instructions, body=sample, schema=columns.INSTRUCTIONS, teacher=teacher,
+            inputs=(SEEDS, teacher), settings=("seed", "synthesize", "pool.dtype", *sizes), rows=target,
+        ),
+        Stage(
+            name=responses, output=responses, body=synthesize.synthesize_responses, schema=columns.RESPONSES,
+            teacher=teacher, inputs=(instructions, teacher), rows=target,
+            settings=("seed", "synthesize.responses", "pool.dtype"),
+        ),
+    ]  # fmt: skip
+
+
+def _tune(config: Config, name: str, teacher: str) -> list[Stage]:
+    """2 to 5. Warm the student up, score influence, pair, tune the teacher."""
+    responses, instructions = f"{name}/responses", f"{name}/instructions"
+    warmup_set, probing_set = f"{name}/warmup_set", f"{name}/probing_set"
+    warmed, influence, pairs = f"{name}/warmed_student", f"{name}/influence", f"{name}/pairs"
+    sizes = ("split", "synthesize.drop_truncated")
+    return [
+        Stage(
+            name=f"{name}/warmup_set", output=warmup_set, body=split.make_warmup_set, schema=columns.EXAMPLES,
+            inputs=(responses,), settings=sizes, rows=config.split.warmup,
+        ),
+        Stage(
+            name=f"{name}/probing_set", output=probing_set, body=split.make_probing_set, schema=columns.EXAMPLES,
+            inputs=(responses,), settings=sizes, rows=config.split.probing,
+        ),
+        Stage(
+            name=f"{name}/warm_up", output=warmed, body=train.warm_up, inputs=(STUDENT, warmup_set),
+            settings=("seed", "warm_up", *STUDENT_KEYS), bundles=_training_bundles(config.warm_up),
+        ),
+        Stage(
+            name=f"{name}/score", output=influence, body=score.score_probing_set, schema=columns.INFLUENCE,
+            inputs=(warmed, REFERENCE, probing_set), settings=("score", *STUDENT_KEYS),
+            bundles=_score_bundles(config), rows=config.split.probing,
+        ),
+        Stage(
+            name=f"{name}/pair", output=pairs, body=pair.pair, schema=columns.PAIRS,
+            inputs=(influence, instructions), settings=("pair",),
+        ),
+        Stage(
+            name=f"{name}/tune_teacher", output=f"{name}/teacher", body=tune_teacher.tune_teacher,
+            inputs=(teacher, pairs), settings=("seed", "tune_teacher", "synthesize.prompt_style"),
+            bundles=_training_bundles(config.tune_teacher),
+        ),
+    ]  # fmt: skip
+
+
+def _train_and_evaluate(config: Config, fresh_sets: list[str]) -> list[Stage]:
+    """6. Train the original student on what the last teacher wrote, and measure."""
+    students = (STUDENT, FIRST_WARMED, "final/student")
+    stages = [
+        Stage(
+            name="final/training_set", output="final/training_set", body=split.make_training_set,
+            schema=columns.EXAMPLES, inputs=("final/responses",),
+            settings=("training_set", "synthesize.drop_truncated"), rows=config.training_set,
+        ),
+        Stage(
+            name="final/train_student", output="final/student", body=train.train_student,
+            inputs=(STUDENT, "final/training_set"), settings=("seed", "train_student", *STUDENT_KEYS),
+            bundles=_training_bundles(config.train_student),
+        ),
+    ]  # fmt: skip
+    fresh_influence: tuple[str, ...] = ()
+    if fresh_sets:
+        fresh_influence = ("final/fresh_influence",)
+        stages.append(
+            Stage(
+                name="final/score_fresh", output="final/fresh_influence", body=score.score,
+                schema=columns.INFLUENCE, inputs=(FIRST_WARMED, REFERENCE, *fresh_sets),
+                settings=("score", *STUDENT_KEYS), bundles=_score_bundles(config),
+                rows=config.evaluate.fresh * len(fresh_sets),
+            )
+        )  # fmt: skip
+    stages.append(
+        Stage(
+            name="final/evaluate", output="final/evaluation", body=evaluate.evaluate, schema=columns.LOSSES,
+            inputs=(REFERENCE, HELD_OUT, *students, *fresh_influence), settings=STUDENT_KEYS,
+            bundles=(config.score.worker.bundle,),
+        )
+    )  # fmt: skip
+    return stages
+
+
+def _training_bundles(training: Training) -> tuple[Bundle, ...]:
+    return (training.worker.bundle,) * training.workers
+
+
+def _score_bundles(config: Config) -> tuple[Bundle, ...]:
+    return (config.score.worker.bundle,) * (config.score.groups * config.score.group_size)
+
+
+def bundles_of(stage: Stage, config: Config) -> list[Bundle]:
+    """Everything a stage holds at once: its own workers, and the pool where it uses it or it stays up."""
+    pool = [config.pool.worker.bundle] * config.pool.replicas
+    return [*stage.bundles, *(pool if stage.teacher or (config.pool.resident and stage.bundles) else [])]
+
+
+def select(stages: Sequence[Stage], kinds: Sequence[str], iteration: int | None) -> list[Stage]:
+    """The stages of these kinds, of one iteration where one is given.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    chosen = [
+        stage
+        for stage in stages
+        if stage.kind in kinds and (iteration is None or stage.name.startswith(f"iteration_{iteration:02d}/"))
+    ]
+    if not chosen:
+        where = "" if iteration is None else f" in iteration {iteration}"
+        raise ConfigError(f"no stage is called {' or '.join(kinds)}{where}; `montessori stages` lists them")
+    return chosen
+
+
+def check_run(stages: Sequence[Stage], config: Config, run: Run) -> None:
+    """Compare everything the run already holds with the settings, before anything is started.
+
+    Raises:
+        RunError: an artifact was made with other settings or inputs.
+    """
+    for stage in stages:
+        if all(run.artifact(name).manifest() for name in stage.inputs):
+            run.artifact(stage.output).check(identity_of(stage, config, run))
+
+
+def require_inputs(stage: Stage, stages: Sequence[Stage], run: Run) -> None:
+    """Refuse a stage whose inputs do not exist.
+
+    Raises:
+        RunError: names the stage that makes the missing input.
+    """
+    maker = {other.output: other for other in stages}
+    for name in stage.inputs:
+        if run.artifact(name).manifest() is None:
+            raise RunError(
+                f"{stage.name} needs {run.root}/{name}, which does not exist: run the stage {maker[name].name} first "
+                "(or the whole loop with `montessori run`)"
+            )
+
+
+def run_loop(config: Config, *, kinds: Sequence[str] = (), iteration: int | None = None) -> Run:
+    """Run all stages that are not finished, or those of the given kinds; returns the run.
+
+    Raises:
+        UserError: something given does not fit; said before anything expensive starts wherever it can be known.
+    """
+    stages = stages_of(config)
+    chosen = select(stages, kinds, iteration) if kinds else stages
+    with Session(config) as session:
+        check_run(stages, config, session.run)
+        for stage in _inputs():
+            session.execute(stage)
+        unfinished = [stage for stage in chosen if session.run.artifact(stage.output).manifest() is None]
+        if kinds:
+            for stage in unfinished:
+                if not any(name in {other.output for other in unfinished} for name in stage.inputs):
+                    require_inputs(stage, stages, session.run)
+        if unfinished:
+            nodes = session.connect()
+            for stage in unfinished:
+                require_room(stage.name, bundles_of(stage, config), nodes)
+        for stage in chosen:
+            session.execute(stage)
+        session.finish(stages)
+        return session.run
+
+
+def made_from(name: str, stages: Sequence[Stage]) -> list[str]:
+    """The artifact `name` and everything made from it, last made first.
+
+    Raises:
+        ConfigError: no stage makes an artifact of this name.
+    """
+    if name not in {stage.output for stage in stages}:
+        raise ConfigError(f"no stage makes {name}; `montessori stages` lists the artifacts")
+    made = [name]
+    for stage in stages:
+        if any(source in made for source in stage.inputs):
+            made.append(stage.output)
+    return made[::-1]
+
+
+def state_of(stage: Stage, run: Run) -> str:
+    """`done`, `begun` or `to do`."""
+    artifact = run.artifact(stage.output)
+    if artifact.manifest() is not None:
+        return "done"
+    return "begun" if artifact.begun() else "to do"

@@ -1,0 +1,211 @@
+"""Influence -> preference pairs (paper section 3.3).
+
+Among the instructions sampled from one few-shot prompt, those that help the student (influence below zero) are *chosen*
+and those that harm it (above zero) *rejected*. What the teacher learns from is the raw text it sampled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import product
+from typing import Literal, TypedDict
+
+from montessori_ray.errors import DataError
+
+
+class ScoredOutput(TypedDict):
+    """One sampled instruction and its influence on the student."""
+
+    prompt_id: str
+    prompt: str
+    """The rendered few-shot prompt, equal for all rows of one `prompt_id`."""
+    example_id: str
+    """Unique among all rows."""
+    raw_output: str
+    """The teacher's output as sampled."""
+    influence: float
+    """Change of the reference loss, baseline subtracted; negative helps."""
+    influence_se: float
+    """Its standard error over the reference examples."""
+
+
+class PreferencePair(TypedDict):
+    """Two outputs of one few-shot prompt, of which the chosen one helps the student and the rejected one harms it."""
+
+    prompt_id: str
+    prompt: str
+    chosen: str
+    rejected: str
+    chosen_id: str
+    rejected_id: str
+    chosen_influence: float
+    rejected_influence: float
+
+
+class Sign(StrEnum):
+    """What all of some scores say."""
+
+    HELPFUL = "helpful"
+    """None is above zero."""
+    HARMFUL = "harmful"
+    """None is below zero."""
+
+
+class Unpaired(StrEnum):
+    """Why a few-shot prompt has no pair."""
+
+    SINGLE_EXAMPLE = "single_example"
+    """Fewer than two different outputs were scored."""
+    ALL_HELPFUL = "all_helpful"
+    """No output is above zero."""
+    ALL_HARMFUL = "all_harmful"
+    """No output is below zero."""
+    WITHIN_NOISE = "within_noise"
+    """There are both signs, but not both beyond the margin; or every score is zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class PairResult:
+    """The pairs, ordered by their ids, and how many prompts gave none."""
+
+    pairs: list[PreferencePair]
+    prompts: int
+    """Few-shot prompts with at least one scored output."""
+    prompts_without_pair: dict[Unpaired, int]
+    """Reason -> prompts, before `max_pairs` cuts; reasons that do not occur are left out."""
+
+
+def build_pairs(
+    rows: Iterable[ScoredOutput],
+    *,
+    rule: Literal["all", "best_worst"],
+    margin_se: float,
+    max_pairs: int | None,
+) -> PairResult:
+    """Preference pairs among outputs of the same few-shot prompt; the order of `rows` does not matter.
+
+    Args:
+        rows: scored outputs of any number of prompts.
+        rule: `all` pairs every helpful with every harmful output of a prompt (paper), `best_worst` the lowest with the
+            highest. Equal texts are never paired.
+        margin_se: standard errors by which an influence must differ from zero to count; 0 is the paper's rule.
+        max_pairs: pairs kept, widest difference of influence first, ties by their ids; None keeps all.
+
+    Raises:
+        DataError: there is no pair at all; says what was seen and which setting fits.
+    """
+    by_prompt: dict[str, list[ScoredOutput]] = {}
+    for row in rows:
+        by_prompt.setdefault(row["prompt_id"], []).append(row)
+    pairs: list[PreferencePair] = []
+    unpaired: Counter[Unpaired] = Counter()
+    for outputs in by_prompt.values():
+        found = _pairs_of_prompt(outputs, margin_se)
+        if not found:
+            unpaired[_why_unpaired(outputs)] += 1
+        pairs.extend(_widest(found, 1) if rule == "best_worst" else found)
+    if not pairs:
+        raise DataError(_nothing_to_prefer(by_prompt, unpaired, margin_se))
+    if max_pairs is not None:
+        pairs = _widest(pairs, max_pairs)
+    pairs.sort(key=lambda pair: (pair["prompt_id"], pair["chosen_id"], pair["rejected_id"]))
+    return PairResult(pairs, len(by_prompt), dict(unpaired))
+
+
+def one_sign(rows: Iterable[ScoredOutput]) -> Sign | None:
+    """The sign that all influences share, None where both occur, or no row, or nothing but zeros."""
+    helpful = harmful = False
+    for row in rows:
+        helpful |= row["influence"] < 0
+        harmful |= row["influence"] > 0
+    if helpful == harmful:
+        return None
+    return Sign.HELPFUL if helpful else Sign.HARMFUL
+
+
+def split_by_prompt(
+    pairs: Sequence[PreferencePair], eval_fraction: float, seed: int
+) -> tuple[list[PreferencePair], list[PreferencePair]]:
+    """Pairs to train on and pairs to evaluate with, no few-shot prompt in both, each in the given order.
+
+    About `eval_fraction` of the prompts are for evaluation: at least one where there are two or more, none where there
+    is one, and never all. Which ones depends on `seed` and their ids alone.
+    """
+    prompts = sorted({pair["prompt_id"] for pair in pairs}, key=lambda prompt_id: _digest(seed, prompt_id))
+    num_evaluation = min(max(1, round(eval_fraction * len(prompts))), len(prompts) - 1) if prompts else 0
+    held = set(prompts[:num_evaluation])
+    training = [pair for pair in pairs if pair["prompt_id"] not in held]
+    return training, [pair for pair in pairs if pair["prompt_id"] in held]
+
+
+def _pairs_of_prompt(outputs: Sequence[ScoredOutput], margin_se: float) -> list[PreferencePair]:
+    helpful = [output for output in outputs if output["influence"] < -_margin(output, margin_se)]
+    harmful = [output for output in outputs if output["influence"] > _margin(output, margin_se)]
+    return [
+        PreferencePair(
+            prompt_id=chosen["prompt_id"],
+            prompt=chosen["prompt"],
+            chosen=chosen["raw_output"],
+            rejected=rejected["raw_output"],
+            chosen_id=chosen["example_id"],
+            rejected_id=rejected["example_id"],
+            chosen_influence=chosen["influence"],
+            rejected_influence=rejected["influence"],
+        )
+        for chosen, rejected in product(helpful, harmful)
+        if chosen["raw_output"] != rejected["raw_output"]
+    ]
+
+
+def _margin(output: ScoredOutput, margin_se: float) -> float:
+    # Without a margin an unknown (NaN) standard error, as one reference row gives, must not hide the sign.
+    return margin_se * output["influence_se"] if margin_se else 0.0
+
+
+def _widest(pairs: Sequence[PreferencePair], count: int) -> list[PreferencePair]:
+    def narrowness(pair: PreferencePair) -> tuple[float, str, str]:
+        return pair["chosen_influence"] - pair["rejected_influence"], pair["chosen_id"], pair["rejected_id"]
+
+    return sorted(pairs, key=narrowness)[:count]
+
+
+def _why_unpaired(outputs: Sequence[ScoredOutput]) -> Unpaired:
+    if len({output["raw_output"] for output in outputs}) < 2:
+        return Unpaired.SINGLE_EXAMPLE
+    sign = one_sign(outputs)
+    if sign is None:
+        return Unpaired.WITHIN_NOISE
+    return Unpaired.ALL_HELPFUL if sign is Sign.HELPFUL else Unpaired.ALL_HARMFUL
+
+
+def _nothing_to_prefer(
+    by_prompt: Mapping[str, Sequence[ScoredOutput]], unpaired: Mapping[Unpaired, int], margin_se: float
+) -> str:
+    """The sentence for a user whose scores give no pair: what was seen, and the setting that fits it best."""
+    outputs = [output for group in by_prompt.values() for output in group]
+    if not outputs:
+        return "no preference pair: there is no scored example; raise split.probing"
+    counts = ", ".join(f"{reason.value} {unpaired[reason]}" for reason in Unpaired if unpaired.get(reason))
+    seen = f"no preference pair: {len(outputs)} scores of {len(by_prompt)} few-shot prompts (without a pair: {counts})"
+    sign = one_sign(outputs)
+    if unpaired.get(Unpaired.SINGLE_EXAMPLE, 0) * 2 > len(by_prompt):
+        return (
+            f"{seen}; most prompts have fewer than two different scored outputs: raise synthesize.n or split.probing, "
+            "and keep split.by=prompt"
+        )
+    if sign is not None:
+        return (
+            f"{seen}; all {len(outputs)} scores are {sign.value}: set score.baseline=null_step, which takes the "
+            "optimizer's own drift out of every score, or, if it is set, raise synthesize.n or split.probing"
+        )
+    if unpaired.get(Unpaired.WITHIN_NOISE) and margin_se:
+        return f"{seen}; no prompt has both signs beyond {margin_se:g} standard errors: lower pair.margin_se"
+    return f"{seen}; no prompt has both signs: raise synthesize.n or split.probing"
+
+
+def _digest(seed: int, prompt_id: str) -> bytes:
+    return hashlib.sha256(f"{seed}/{prompt_id}".encode()).digest()

@@ -1,0 +1,130 @@
+"""One process at work on a run: its lock, its cluster, its teacher pool, and what the user is shown meanwhile."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import ExitStack
+from typing import Any, Self
+
+import yaml
+
+from montessori_ray.artifacts.run import Run
+from montessori_ray.cluster import Bundle, cluster_nodes, connected, say_bundles
+from montessori_ray.config import Config
+from montessori_ray.errors import RunError
+from montessori_ray.stages.base import Stage, StageContext, cache_folder, identity_of
+from montessori_ray.synthesis.pool import TeacherPool
+from montessori_ray.telemetry.console import Console
+from montessori_ray.telemetry.events import EventLog
+from montessori_ray.telemetry.monitor import StageMonitor
+from montessori_ray.telemetry.progress import ProgressBoard, ProgressChannel
+from montessori_ray.telemetry.trackers import Tracker, open_tracker
+
+
+def open_run(root: str) -> Run:
+    """The run at `root`, a relative path taken from the working directory.
+
+    Raises:
+        RunError: the path is relative in a Ray job, whose working directory is a copy that goes with the job.
+    """
+    if "://" in root or os.path.isabs(root):
+        return Run(root)
+    if "_ray_pkg_" in os.getcwd():
+        raise RunError(
+            f"run={root} is a relative path inside the job's own copy of the working directory, which is deleted with "
+            "the job: give an absolute path (or bucket URL) that all nodes see"
+        )
+    return Run(os.path.abspath(root))
+
+
+class Session:
+    """Executes stages; the cluster and the pool come up when the first stage needs them."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.run = open_run(config.run)
+        self.console = Console()
+        self._exit = ExitStack()
+        self._board: Any = None
+        self._pool: TeacherPool | None = None
+
+    def __enter__(self) -> Self:
+        self._exit.enter_context(self.run.lock())
+        config = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
+        self.run.storage.write("config.yaml", config.encode())
+        self.events = EventLog(self.run.storage)
+        self._exit.callback(self.events.flush)
+        self._tracker: Tracker = open_tracker(self.config.telemetry, self.run.root, self.config.model_dump(mode="json"))
+        self._exit.callback(self._tracker.close)
+        self.events.write("session_started", run=self.run.root, pid=os.getpid())
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.events.write("session_ended", error=str(exception[1]) if exception[1] else None)
+        self._exit.__exit__(None, None, None)
+
+    def connect(self) -> list[Bundle]:
+        """Connect to the cluster; returns what its nodes have."""
+        started = time.monotonic()
+        name = self._exit.enter_context(connected(self.config.cluster))
+        self._board = ProgressBoard.remote()  # type: ignore[attr-defined]  # added by @ray.remote
+        nodes = cluster_nodes()
+        self.note(f"Ray on {name}: {say_bundles(nodes)}, up in {time.monotonic() - started:.0f} s")
+        return nodes
+
+    def execute(self, stage: Stage) -> None:
+        """Make the output of a stage, unless it exists; continues what an earlier session left."""
+        artifact = self.run.artifact(stage.output)
+        if artifact.check(identity_of(stage, self.config, self.run)):
+            self.console.skipped(stage.name, artifact.require())
+            return
+        client = self._host(stage)
+        context = StageContext(
+            stage=stage, config=self.config, run=self.run, note=self.note, client=client,
+            progress=ProgressChannel(stage.name, self._board),
+        )  # fmt: skip
+        artifact.begin(identity_of(stage, self.config, self.run))
+        self.events.write("stage_started", stage=stage.name)
+        started = time.monotonic()
+        try:
+            with StageMonitor(stage.name, self._board, self.console, self.events, self._tracker) as monitor:
+                details = stage.body(context)
+        except BaseException as error:
+            artifact.add_seconds(time.monotonic() - started)
+            self.events.write("stage_stopped", stage=stage.name, error=f"{type(error).__name__}: {error}")
+            raise
+        columns = {field.name: str(field.type) for field in stage.schema} if stage.schema else None
+        seconds = time.monotonic() - started
+        manifest = artifact.commit(
+            details=details, seconds=seconds, columns=columns, peak_memory_gb=monitor.peak_memory_gb
+        )
+        self.events.write(
+            "stage_finished", stage=stage.name, rows=manifest.rows, seconds=manifest.seconds, details=details
+        )
+        self.events.flush()
+        self.console.finished(stage.name, manifest)
+
+    def note(self, sentence: str, **fields: Any) -> None:
+        """Tell the user something, on the console and as an event."""
+        self.events.write("note", text=sentence, **fields)
+        self.console.note(sentence)
+
+    def finish(self, stages: list[Stage]) -> None:
+        """Show what happened, as far as the run got."""
+        self.console.summary(self.run, stages)
+
+    def _host(self, stage: Stage) -> Any:
+        """Give the stage its teacher, or the pool's resources where it has none."""
+        if stage.teacher is None:
+            if self._pool is not None and stage.bundles and not self.config.pool.resident:
+                self._pool.release()
+            return None
+        if self._pool is None:
+            self._pool = TeacherPool(self.config.pool)
+            self._exit.callback(self._pool.close)
+        model = self.run.artifact(stage.teacher).model_path(cache_folder())
+        started = time.monotonic()
+        if self._pool.host(str(model)):
+            self.note(f"teacher pool serves {stage.teacher}, up in {time.monotonic() - started:.0f} s")
+        return self._pool.client()

@@ -1,0 +1,109 @@
+"""What a stage is: one artifact made from others by a function, under settings that decide its content."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from montessori_ray.artifacts.manifest import Identity
+from montessori_ray.artifacts.run import Artifact, Run
+from montessori_ray.config import Config, content_settings
+from montessori_ray.synthesis.pool import PoolClient
+from montessori_ray.telemetry.progress import ProgressChannel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One step of the loop; `montessori_ray.loop.stages_of` lists them all."""
+
+    name: str
+    """Unique name, e.g. `iteration_00/score`."""
+    output: str
+    """The artifact it makes, e.g. `iteration_00/influence`."""
+    body: Callable[[StageContext], dict[str, Any]]
+    """Makes the output; returns the details for its manifest. Continues what an earlier session committed."""
+    inputs: tuple[str, ...] = ()
+    """Artifacts it reads."""
+    settings: tuple[str, ...] = ()
+    """Dotted config keys that decide its content."""
+    schema: pa.Schema | None = None
+    """Schema of the rows; None for a model."""
+    teacher: str | None = None
+    """The model artifact the teacher pool must host while it runs."""
+    bundles: tuple[dict[str, float], ...] = ()
+    """Ray resource requests it holds at once, besides the pool."""
+    rows: int | None = None
+    """Rows it is planned to make, where the settings say so."""
+
+    @property
+    def kind(self) -> str:
+        """Name without the iteration, e.g. `score`."""
+        return self.name.rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What the body of a stage works with."""
+
+    stage: Stage
+    config: Config
+    run: Run
+    progress: ProgressChannel
+    note: Callable[..., None]
+    """`note("one sentence for the user", key=value, ...)`: an event, shown on the console."""
+    client: PoolClient | None = None
+    """Client of the teacher pool; set when the stage names a teacher."""
+
+    @property
+    def output(self) -> Artifact:
+        """The artifact this stage makes."""
+        return self.run.artifact(self.stage.output)
+
+    def input(self, position: int) -> Artifact:
+        """An input by its position in `stage.inputs`."""
+        return self.run.artifact(self.stage.inputs[position])
+
+    def model(self, position: int) -> Path:
+        """The folder of an input that is a model."""
+        return self.input(position).model_path(cache_folder())
+
+    @property
+    def pool(self) -> PoolClient:
+        """The client of the teacher pool."""
+        assert self.client is not None, f"{self.stage.name} uses the pool but names no teacher"
+        return self.client
+
+    @property
+    def train_name(self) -> str:
+        """Name under which Ray Train keeps this stage's checkpoints: another one for other settings or inputs."""
+        identity = identity_of(self.stage, self.config, self.run).model_dump_json()
+        return f"{self.stage.name.replace('/', '-')}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+
+    def append(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Commit rows of the output as one part; nothing happens for no rows."""
+        assert self.stage.schema is not None
+        if rows := list(rows):
+            self.output.append(pa.Table.from_pylist(rows, schema=self.stage.schema))
+
+
+def identity_of(stage: Stage, config: Config, run: Run) -> Identity:
+    """What the stage's output is made from.
+
+    Raises:
+        RunError: an input does not exist.
+    """
+    inputs = {name: run.artifact(name).require().digest for name in stage.inputs}
+    return Identity(stage=stage.name, settings=content_settings(config, stage.settings), inputs=inputs)
+
+
+def cache_folder() -> Path:
+    """Where models are kept outside of runs: `$MONTESSORI_CACHE`, else `~/.cache/montessori_ray`."""
+    folder = Path(os.environ.get("MONTESSORI_CACHE") or Path.home() / ".cache" / "montessori_ray")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

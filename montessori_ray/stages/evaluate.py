@@ -1,0 +1,105 @@
+"""Evaluate: did the student get better, and did the teacher learn what helps?"""
+
+from __future__ import annotations
+
+from math import hypot, sqrt
+from statistics import fmean, stdev
+from typing import Any
+
+import ray
+
+from montessori_ray.evaluation.losses import row_losses
+from montessori_ray.stages.base import StageContext
+
+SETS = ("reference", "held_out")
+
+
+def evaluate(context: StageContext) -> dict[str, Any]:
+    """Losses of every student on the reference and held-out rows, and what fresh instructions do.
+
+    Inputs: reference, held-out, original student, warmed student, trained student, and the fresh influence if any.
+    """
+    context.output.discard_parts()
+    students = dict(zip(("original", "warmed", "trained"), context.stage.inputs[2:5], strict=True))
+    sets = {name: list(context.input(position).rows()) for position, name in enumerate(SETS)}
+    losses: dict[str, dict[str, list[float]]] = {}
+    for number, (student, _) in enumerate(students.items()):
+        context.progress.update(number, len(students), unit="students")
+        losses[student] = _losses(context, 2 + number, sets)
+        for name, rows in sets.items():
+            context.append(
+                {
+                    "student": student,
+                    "set": name,
+                    "example_id": row["example_id"],
+                    "category": row["category"],
+                    "loss": loss,
+                }
+                for row, loss in zip(rows, losses[student][name], strict=True)
+            )
+    context.progress.update(len(students), len(students), unit="students")
+    details: dict[str, Any] = {"losses": _loss_summary(losses)}
+    if len(context.stage.inputs) > 5:
+        details["fresh"] = _fresh_summary(context)
+    return details
+
+
+def _losses(context: StageContext, position: int, sets: dict[str, list[dict[str, Any]]]) -> dict[str, list[float]]:
+    """Per-row losses of one student on all sets, computed on a worker of the scoring kind."""
+    student, score = context.config.student, context.config.score
+    worker = score.worker
+    task = ray.remote(num_cpus=worker.cpus, num_gpus=worker.gpus)(row_losses)
+    rows = [row for name in SETS for row in sets[name]]
+    losses = ray.get(
+        task.remote(
+            str(context.model(position)), rows, chat_template=student.chat_template, max_length=student.max_length,
+            tokens_a_pass=score.reference_tokens, threads=worker.threads, gpu=worker.gpus > 0,
+        )
+    )  # fmt: skip
+    first = len(sets[SETS[0]])
+    return {SETS[0]: losses[:first], SETS[1]: losses[first:]}
+
+
+def _loss_summary(losses: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+    """Mean loss with standard error over rows; the change from the original student is paired by row."""
+    summary: dict[str, Any] = {}
+    for student, by_set in losses.items():
+        summary[student] = {}
+        for name, values in by_set.items():
+            entry: dict[str, Any] = _mean_se(values)
+            if student != "original":
+                original = losses["original"][name]
+                entry["change"] = _mean_se([now - before for now, before in zip(values, original, strict=True)])
+            summary[student][name] = entry
+    return summary
+
+
+def _fresh_summary(context: StageContext) -> dict[str, Any]:
+    """Influence of each teacher's fresh instructions; the change is from the original teacher's."""
+    by_teacher: dict[str, list[float]] = {}
+    for row in context.input(5).rows(["example_id", "influence"]):
+        if row["influence"] is not None:
+            by_teacher.setdefault(_teacher_of(row["example_id"]), []).append(row["influence"])
+    names = sorted(by_teacher, key=lambda name: (name == "final", name))
+    summary: dict[str, Any] = {}
+    first = _mean_se(by_teacher[names[0]])
+    for number, name in enumerate(names):
+        values = by_teacher[name]
+        entry: dict[str, Any] = _mean_se(values) | {
+            "scored": len(values),
+            "share_helpful": sum(value < 0 for value in values) / len(values),
+        }
+        if number:
+            entry["change"] = {"mean": entry["mean"] - first["mean"], "se": hypot(entry["se"], first["se"])}
+        summary["original" if number == 0 else f"after iteration {number - 1}"] = entry
+    return summary
+
+
+def _teacher_of(example_id: str) -> str:
+    """`iteration_00-fresh-p000001-2` -> `iteration_00`: the place in the loop where that teacher wrote."""
+    return example_id.rsplit("-fresh-", 1)[0]
+
+
+def _mean_se(values: list[float]) -> dict[str, float]:
+    se = stdev(values) / sqrt(len(values)) if len(values) > 1 else 0.0
+    return {"mean": fmean(values), "se": se}

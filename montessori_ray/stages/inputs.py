@@ -1,0 +1,79 @@
+"""What a run starts from: the user's rows and models, checked and brought into the run before anything expensive."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import Any
+
+from montessori_ray.artifacts.run import LOCATION
+from montessori_ray.data import read_rows, require_disjoint
+from montessori_ray.errors import DataError
+from montessori_ray.models import EMBEDDED, check_model, model_digest, prune_layers, resolve_model
+from montessori_ray.stages.base import StageContext, cache_folder
+
+ROWS_A_PART = 10_000
+
+
+def import_seeds(context: StageContext) -> dict[str, Any]:
+    """Seed instructions into `inputs/seeds`; there must be more than one few-shot prompt can show."""
+    rows = list(read_rows("seeds", context.config.data.seeds, needs_response=False))
+    shots = context.config.synthesize.shots
+    if len(rows) < shots:
+        raise DataError(
+            f"data.seeds has {len(rows)} instructions, a few-shot prompt shows {shots}: add seeds or lower "
+            "synthesize.shots"
+        )
+    return _store(context, rows)
+
+
+def import_reference(context: StageContext) -> dict[str, Any]:
+    """Reference rows into `inputs/reference`."""
+    return _store(context, list(read_rows("reference", context.config.data.reference, needs_response=True)))
+
+
+def import_held_out(context: StageContext) -> dict[str, Any]:
+    """Held-out rows into `inputs/held_out`, disjoint from the reference set."""
+    rows = list(read_rows("held_out", context.config.data.held_out, needs_response=True))
+    reference = context.input(0).column("instruction")
+    require_disjoint("held-out", [row["instruction"] for row in rows], "reference", reference)
+    return _store(context, rows)
+
+
+def _store(context: StageContext, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    context.output.discard_parts()
+    for start in range(0, len(rows), ROWS_A_PART):
+        context.append(rows[start : start + ROWS_A_PART])
+    return {"categories": len({row["category"] for row in rows} - {None})}
+
+
+def import_teacher(context: StageContext) -> dict[str, Any]:
+    """The original teacher as `inputs/teacher`."""
+    config = context.config
+    return _import_model(context, config.teacher.model, "teacher", None, config.pool.max_model_len, ())
+
+
+def import_student(context: StageContext) -> dict[str, Any]:
+    """The original student as `inputs/student`, without `student.drop_layers`."""
+    student = context.config.student
+    return _import_model(
+        context, student.model, "student", student.chat_template, student.max_length, student.drop_layers
+    )
+
+
+def _import_model(
+    context: StageContext, model: str, role: str, template: str | None, length: int, drop_layers: tuple[int, ...]
+) -> dict[str, Any]:
+    """A model made here (unpacked, pruned) is copied into the run, where every node sees it; another one stays."""
+    folder = resolve_model(model, cache_folder())
+    check_model(folder, role=role, chat_template=template, context=length)
+    if drop_layers:
+        with context.output.model_writer() as target:
+            prune_layers(folder, drop_layers, target)
+    elif model.startswith(EMBEDDED):
+        with context.output.model_writer() as target:
+            shutil.copytree(folder, target, dirs_exist_ok=True)
+    else:
+        location = {"path": str(folder), "digest": model_digest(folder)}
+        context.run.storage.write(f"{context.output.name}/{LOCATION}", json.dumps(location).encode())
+    return {"model": model, "dropped_layers": list(drop_layers)}

@@ -1,0 +1,32 @@
+"""Pair: influence becomes preference pairs (paper section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from montessori_ray.preferences import build_pairs
+from montessori_ray.stages.base import StageContext
+
+
+def pair(context: StageContext) -> dict[str, Any]:
+    """Pairs among the scored examples of each few-shot prompt; inputs are the influence and the instructions."""
+    settings = context.config.pair
+    result = build_pairs(
+        _scored_samples(context), rule=settings.rule, margin_se=settings.margin_se, max_pairs=settings.max_pairs
+    )
+    context.output.discard_parts()
+    context.append(result.pairs)
+    return {"prompts": result.prompts, "prompts_without_pair": dict(result.prompts_without_pair)}
+
+
+def _scored_samples(context: StageContext) -> Iterator[dict[str, Any]]:
+    """Every scored example with the prompt and the raw output it was sampled as."""
+    scores = {
+        row["example_id"]: row
+        for row in context.input(0).rows(["example_id", "influence", "influence_se"])
+        if row["influence"] is not None
+    }
+    for row in context.input(1).rows(["example_id", "prompt_id", "prompt", "raw_output"]):
+        if row["example_id"] in scores:
+            yield row | scores[row["example_id"]]

@@ -1,0 +1,86 @@
+"""Columns of the datasets of a run (DESIGN section 5)."""
+
+import pyarrow as pa
+
+INPUT_ROWS = pa.schema(
+    [
+        ("example_id", pa.string()),
+        ("instruction", pa.string()),
+        ("response", pa.string()),
+        ("category", pa.string()),
+    ]
+)
+
+INSTRUCTIONS = pa.schema(
+    [
+        ("example_id", pa.string()),
+        ("prompt_id", pa.string()),
+        ("prompt", pa.string()),
+        ("raw_output", pa.string()),
+        ("instruction", pa.string()),
+        ("teacher_digest", pa.string()),
+        ("status", pa.string()),  # "kept", or the reason it was rejected
+        ("round", pa.int32()),
+    ]
+)
+"""Every sample is a row, rejected ones too: what the filters did stays visible, and resuming needs it."""
+
+RESPONSES = pa.schema(
+    [
+        ("example_id", pa.string()),
+        ("prompt_id", pa.string()),
+        ("instruction", pa.string()),
+        ("response", pa.string()),
+        ("finish_reason", pa.string()),  # "stop", or "length" for a truncated one
+        ("num_tokens", pa.int32()),
+        ("teacher_digest", pa.string()),
+    ]
+)
+
+EXAMPLES = pa.schema(
+    [
+        ("example_id", pa.string()),
+        ("prompt_id", pa.string()),
+        ("instruction", pa.string()),
+        ("response", pa.string()),
+    ]
+)
+
+INFLUENCE = pa.schema(
+    [
+        ("example_id", pa.string()),
+        ("prompt_id", pa.string()),
+        ("loss_before", pa.float64()),
+        ("loss_after", pa.float64()),
+        ("influence", pa.float64()),
+        ("influence_se", pa.float64()),
+        ("estimator", pa.string()),
+        ("step_seconds", pa.float64()),
+        ("evaluate_seconds", pa.float64()),
+        ("worker", pa.string()),
+        ("quarantine", pa.string()),  # why the example has no influence, else null
+    ]
+)
+
+PAIRS = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("prompt", pa.string()),
+        ("chosen", pa.string()),
+        ("rejected", pa.string()),
+        ("chosen_id", pa.string()),
+        ("rejected_id", pa.string()),
+        ("chosen_influence", pa.float64()),
+        ("rejected_influence", pa.float64()),
+    ]
+)
+
+LOSSES = pa.schema(
+    [
+        ("student", pa.string()),  # original, warmed (of an iteration), trained
+        ("set", pa.string()),  # reference or held_out
+        ("example_id", pa.string()),
+        ("category", pa.string()),
+        ("loss", pa.float64()),
+    ]
+)

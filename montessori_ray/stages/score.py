@@ -1,0 +1,76 @@
+"""Score: the influence of every probing example on the reference set (paper section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from statistics import fmean, stdev
+from typing import Any
+
+from montessori_ray.influence.groups import score_examples
+from montessori_ray.stages.base import StageContext
+
+ROWS_A_CHUNK = 256
+"""Examples handed to the ledger at once; all the driver and the ledger hold besides finished rows."""
+
+
+def score(context: StageContext) -> dict[str, Any]:
+    """Score the examples of all inputs after the warmed student and the reference set; continues row by row."""
+    scored = set(context.output.column("example_id"))
+    sets = [context.input(position) for position in range(2, len(context.stage.inputs))]
+    total = sum(examples.require().rows or 0 for examples in sets)
+    prompt_of: dict[str, str] = {}
+
+    def chunks() -> Iterator[list[dict[str, Any]]]:
+        rows = (row for examples in sets for row in examples.rows() if row["example_id"] not in scored)
+        while chunk := list(islice(rows, ROWS_A_CHUNK)):
+            prompt_of.update((row["example_id"], row["prompt_id"]) for row in chunk)
+            yield chunk
+
+    def commit(rows: list[dict[str, Any]]) -> None:
+        context.append({**row, "prompt_id": prompt_of.pop(row["example_id"])} for row in rows)
+
+    student = context.config.student
+    summary: dict[str, Any] = {}
+    if len(scored) < total:
+        summary = score_examples(
+            student=context.model(0), examples=chunks(), reference=list(context.input(1).rows()), on_rows=commit,
+            settings=context.config.score, chat_template=student.chat_template, max_length=student.max_length,
+            name=context.train_name, storage=context.run.train_storage(), progress=context.progress,
+            total=total, done=len(scored),
+        )  # fmt: skip
+    return summary | summarise(list(context.output.rows(["influence", "influence_se", "quarantine"])))
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean influence with its standard error over examples, the share that helps, noise, quarantined by reason."""
+    influences = [row["influence"] for row in rows if row["influence"] is not None]
+    reasons: dict[str, int] = {}
+    for row in rows:
+        if row["quarantine"] is not None:
+            reasons[row["quarantine"]] = reasons.get(row["quarantine"], 0) + 1
+    if not influences:
+        return {"scored": 0, "quarantined": reasons}
+    noise = [row["influence_se"] for row in rows if row["influence_se"] is not None]
+    return {
+        "scored": len(influences),
+        "mean_influence": fmean(influences),
+        "mean_influence_se": stdev(influences) / len(influences) ** 0.5 if len(influences) > 1 else None,
+        "spread": stdev(influences) if len(influences) > 1 else None,
+        "share_helpful": sum(value < 0 for value in influences) / len(influences),
+        "mean_se_over_reference": fmean(noise) if noise else None,
+        "quarantined": reasons,
+    }
+
+
+def score_probing_set(context: StageContext) -> dict[str, Any]:
+    """Influence of the probing set; says so when all scores have one sign, since no pair can come of that."""
+    details = score(context)
+    share, baseline = details.get("share_helpful"), context.config.score.baseline
+    if share in (0.0, 1.0):
+        hint = "set score.baseline=null_step" if baseline == "warmed" else "see docs/settings.md on warm-up rates"
+        context.note(
+            f"all {details['scored']} scores have one sign with score.baseline={baseline}, so no few-shot prompt has "
+            f"both a helpful and a harmful instruction: {hint}"
+        )
+    return details

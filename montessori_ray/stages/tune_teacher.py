@@ -1,0 +1,19 @@
+"""Tune the teacher: DPO on the preference pairs (paper section 3.3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from montessori_ray.stages.base import StageContext
+from montessori_ray.training.dpo import tune_teacher as tune
+
+
+def tune_teacher(context: StageContext) -> dict[str, Any]:
+    """The tuned teacher, a directory vLLM loads; inputs are the teacher that wrote the pairs, and the pairs."""
+    with context.output.model_writer() as folder:
+        return tune(
+            model=context.model(0), pairs=context.input(1).part_paths(), output=str(folder),
+            settings=context.config.tune_teacher, seed=context.config.seed, name=context.train_name,
+            storage=context.run.train_storage(), progress=context.progress,
+            append_eos=context.config.synthesize.prompt_style == "paper",
+        )  # fmt: skip

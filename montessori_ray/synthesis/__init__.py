@@ -1,0 +1,1 @@
+"""Writing instructions and responses: few-shot prompts, parsing and filters, deduplication, the teacher pool."""

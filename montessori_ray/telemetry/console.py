@@ -1,0 +1,158 @@
+"""What a person sees in the terminal: a live line for the running stage, a line for each finished one, then tables.
+
+Without a terminal (a job's log) the live line becomes a plain one every `LOG_SECONDS`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console as RichConsole
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from montessori_ray.artifacts.manifest import Manifest
+from montessori_ray.telemetry.progress import Progress
+
+if TYPE_CHECKING:
+    from montessori_ray.artifacts.run import Run
+    from montessori_ray.stages.base import Stage
+
+LOG_SECONDS = 15.0
+NAME_WIDTH = 32
+
+
+class Console:
+    """Prints for one session."""
+
+    def __init__(self) -> None:
+        self.rich = RichConsole(highlight=False, soft_wrap=True)
+        self._live: Live | None = None
+        self._last_log = 0.0
+        self._began = 0.0
+
+    def note(self, sentence: str) -> None:
+        """A sentence the user should see."""
+        self.rich.print(Text(f"  {sentence}", style="dim"))
+
+    def started(self, stage: str) -> None:
+        """A stage begins."""
+        self._began = self._last_log = time.monotonic()
+        if self.rich.is_terminal:
+            self._live = Live(Text(f"  {stage:<{NAME_WIDTH}} starting"), console=self.rich, transient=True)
+            self._live.start()
+
+    def progress(self, stage: str, progress: Progress, rate: float | None) -> None:
+        """The stage's progress, on the live line or now and then as a plain one."""
+        line = Text(f"  {stage:<{NAME_WIDTH}} {say_progress(progress, rate, time.monotonic() - self._began)}")
+        if self._live is not None:
+            self._live.update(line)
+        elif time.monotonic() - self._last_log >= LOG_SECONDS:
+            self._last_log = time.monotonic()
+            self.rich.print(line)
+
+    def stopped(self) -> None:
+        """The stage ended, one way or the other: take the live line away."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def finished(self, stage: str, manifest: Manifest) -> None:
+        """A stage's output is committed."""
+        self.rich.print(Text.assemble(("✓ ", "green"), f"{stage:<{NAME_WIDTH}} {_said(manifest)}"))
+
+    def skipped(self, stage: str, manifest: Manifest) -> None:
+        """A stage's output was there already."""
+        self.rich.print(Text.assemble(("= ", "cyan"), (f"{stage:<{NAME_WIDTH}} {_said(manifest)}, kept", "dim")))
+
+    def summary(self, run: Run, stages: Sequence[Stage]) -> None:
+        """The stages with rows, time and memory; then the result, if the run has one."""
+        manifests = [(stage, run.artifact(stage.output).manifest()) for stage in stages]
+        self.rich.print()
+        self.rich.print(stage_table([(stage, manifest) for stage, manifest in manifests if manifest]))
+        result = run.artifact("final/evaluation").manifest()
+        if result is not None:
+            for table in result_tables(result.details):
+                self.rich.print(table)
+        self.rich.print(f"run: {run.root}")
+
+
+def say_progress(progress: Progress, rate: float | None, seconds: float) -> str:
+    """`48/96 rows · 1.3/s · 0:37 left`, as far as it is known."""
+    if not progress.done and not progress.total:
+        return f"starting · {clock(seconds)}"
+    total = f"/{progress.total}" if progress.total else ""
+    parts = [f"{progress.done}{total} {progress.unit}"]
+    if rate:
+        parts.append(f"{rate:.2f}/s" if rate < 10 else f"{rate:.0f}/s")
+        if progress.total:
+            parts.append(f"{clock((progress.total - progress.done) / rate)} left")
+    else:
+        parts.append(clock(seconds))
+    return " · ".join(filter(None, [*parts, progress.note]))
+
+
+def clock(seconds: float) -> str:
+    """Seconds as `m:ss` or `h:mm:ss`."""
+    minutes, rest = divmod(round(max(seconds, 0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _said(manifest: Manifest) -> str:
+    rows = f"{manifest.rows:,} rows" if manifest.rows is not None else "model"
+    return f"{rows:>12} {clock(manifest.seconds):>8}"
+
+
+def stage_table(manifests: Sequence[tuple[Stage, Manifest]]) -> Table:
+    """What each finished stage made, how long it took and the most memory it used."""
+    table = Table(title="Stages", box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("stage")
+    for name in ("rows", "time", "peak GB"):
+        table.add_column(name, justify="right")
+    for stage, manifest in manifests:
+        rows = f"{manifest.rows:,}" if manifest.rows is not None else "model"
+        memory = f"{manifest.peak_memory_gb:.1f}" if manifest.peak_memory_gb is not None else ""
+        table.add_row(stage.name, rows, clock(manifest.seconds), memory)
+    table.add_section()
+    table.add_row("all", "", clock(sum(manifest.seconds for _, manifest in manifests)), "")
+    return table
+
+
+def result_tables(details: dict[str, Any]) -> list[Table]:
+    """Losses of the students, and influence of fresh instructions of the teachers; ± is one standard error."""
+    losses = Table(title="Loss of the student (lower is better)", box=box.SIMPLE_HEAD, title_justify="left")
+    losses.add_column("student")
+    for name in ("reference", "held-out", "held-out change"):
+        losses.add_column(name, justify="right")
+    for name, row in details["losses"].items():
+        change = row["held_out"].get("change")
+        losses.add_row(
+            name,
+            f"{row['reference']['mean']:.4f}",
+            f"{row['held_out']['mean']:.4f}",
+            "" if change is None else f"{change['mean']:+.4f} ± {change['se']:.4f}",
+        )
+    tables = [losses]
+    if details.get("fresh"):
+        fresh = Table(
+            title="Influence of fresh instructions (negative helps)", box=box.SIMPLE_HEAD, title_justify="left"
+        )
+        fresh.add_column("teacher")
+        for name in ("scored", "mean influence", "helpful", "change"):
+            fresh.add_column(name, justify="right")
+        for name, row in details["fresh"].items():
+            change = row.get("change")
+            fresh.add_row(
+                name,
+                str(row["scored"]),
+                f"{row['mean']:+.2e} ± {row['se']:.1e}",
+                f"{row['share_helpful']:.0%}",
+                "" if change is None else f"{change['mean']:+.2e} ± {change['se']:.1e}",
+            )
+        tables.append(fresh)
+    return tables

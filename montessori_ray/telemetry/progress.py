@@ -1,0 +1,74 @@
+"""Progress of the running stage, from any process of the cluster to the driver.
+
+Workers push (`ProgressChannel.update`, fire and forget), the driver pulls (`ProgressBoard.read`) a few times a second:
+nothing a stage does waits for a console.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a stage stands.
+
+    `done` and `total` count `unit`s; `curves` holds metric points as `(step, name, value)` since the last read.
+    """
+
+    done: int = 0
+    total: int | None = None
+    unit: str = "rows"
+    note: str = ""
+    first_done: int | None = None
+    first_time: float = 0.0
+    curves: list[tuple[int, str, float]] = field(default_factory=list)
+
+    def rate(self) -> float | None:
+        """Units a second since the first report, None before the second one."""
+        if self.first_done is None or self.done <= self.first_done:
+            return None
+        return (self.done - self.first_done) / max(time.monotonic() - self.first_time, 1e-9)
+
+
+@ray.remote(num_cpus=0)
+class ProgressBoard:
+    """Holds the latest progress of each stage; one per run, owned by the driver."""
+
+    def __init__(self) -> None:
+        self._stages: dict[str, Progress] = {}
+
+    def update(self, stage: str, done: int, total: int | None, unit: str, note: str, metrics: dict[str, float]) -> None:
+        """Record that `done` of `total` are finished and append metric points at step `done`."""
+        progress = self._stages.setdefault(stage, Progress())
+        if progress.first_done is None:
+            progress.first_done, progress.first_time = done, time.monotonic()
+        progress.done, progress.unit, progress.note = done, unit, note
+        progress.total = total if total is not None else progress.total
+        progress.curves.extend((done, name, value) for name, value in metrics.items())
+
+    def read(self, stage: str) -> tuple[Progress, float | None]:
+        """Progress and rate of a stage; its metric points are handed over once."""
+        progress = self._stages.setdefault(stage, Progress())
+        answer = Progress(progress.done, progress.total, progress.unit, progress.note, curves=progress.curves)
+        progress.curves = []
+        return answer, progress.rate()
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressChannel:
+    """A picklable way to the board for one stage; `board=None` drops everything (library use, tests)."""
+
+    stage: str = ""
+    board: Any = None
+
+    def update(
+        self, done: int, total: int | None = None, *, unit: str = "rows", note: str = "", **metrics: float
+    ) -> None:
+        """Report progress and, as keyword arguments, metrics of step `done`."""
+        if self.board is not None:
+            self.board.update.remote(self.stage, done, total, unit, note, metrics)

@@ -1,0 +1,1 @@
+"""Training under Ray Train and DeepSpeed: chat formatting and label masks, student fine-tuning, teacher tuning."""

@@ -1,0 +1,444 @@
+"""Tuning the teacher on preference pairs by DPO (paper section 3.3): TRL's trainer under Ray Train and DeepSpeed.
+
+The driver calls `tune_teacher`; every rank runs `dpo_loop`. TRL's own preparation of rows is left out: it would append
+an end-of-sequence token to every text and tokenize a rendered prompt with a second BOS, while the teacher must be tuned
+on exactly the tokens it was sampled with.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypedDict, cast
+
+import fsspec
+import pyarrow.parquet as pq
+import ray.train
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from trl.models.utils import prepare_deepspeed
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+
+from montessori_ray.artifacts.storage import Storage
+from montessori_ray.config import TuneTeacher
+from montessori_ray.errors import DataError
+from montessori_ray.preferences import PreferencePair, split_by_prompt
+from montessori_ray.telemetry.progress import ProgressChannel
+from montessori_ray.training.ray_train import run_training
+
+
+class TokenizedPair(TypedDict):
+    """A preference pair as token ids; a completion continues the prompt."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoSettings:
+    """What every rank is told."""
+
+    model: Path
+    pairs: tuple[str, ...]
+    output: str
+    tuning: TuneTeacher
+    seed: int
+    append_eos: bool
+    trust_remote_code: bool
+    progress: ProgressChannel
+
+
+def tune_teacher(
+    *,
+    model: Path,
+    pairs: Sequence[str],
+    output: str,
+    settings: TuneTeacher,
+    seed: int,
+    append_eos: bool,
+    name: str,
+    storage: str,
+    progress: ProgressChannel,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Tune the teacher on preference pairs and save it; continues a run of the same `name` and `storage`.
+
+    Args:
+        model: the teacher's folder; all nodes see it.
+        pairs: Parquet parts with the columns of `preferences.PreferencePair`.
+        output: folder or URL for the tuned teacher: float32 weights, tokenizer and chat template, generation config.
+        settings: DPO settings.
+        seed: orders the pairs and decides which prompts are kept out for evaluation.
+        append_eos: whether a sample ended with the end-of-turn token, which its text does not show (prompt style
+            `paper`), or with a stop text that is part of it (`prefill`).
+        name: name of the training, one for each set of inputs and settings.
+        storage: folder or URL of its checkpoints.
+        progress: where steps, loss, reward margin and reward accuracy go.
+        trust_remote_code: run the model folder's own code.
+
+    Returns:
+        `pairs` (counts `train`, `evaluation`, `dropped`: prompt too long), `train` (`steps`, mean `loss`, and the last
+        step's `last_loss`, `last_reward_margin`, `last_reward_accuracy`), `eval_before` and `eval_after` (`loss`,
+        `reward_margin`, `reward_accuracy`, `logp_chosen`, `logp_rejected` over the evaluation pairs; empty if there
+        are none).
+
+    Raises:
+        DataError: no pair is left for training.
+    """
+    told = DpoSettings(
+        model=model.absolute(),
+        pairs=tuple(pairs),
+        output=output,
+        tuning=settings,
+        seed=seed,
+        append_eos=append_eos,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+    return run_training(
+        dpo_loop, {"dpo": told}, name=name, storage=storage, workers=settings.workers, worker=settings.worker
+    )
+
+
+def dpo_loop(settings: dict[str, Any]) -> dict[str, Any]:
+    """What one rank does: prepare the pairs, train from the last checkpoint on, evaluate, save.
+
+    `settings["dpo"]` is a `DpoSettings`; returns what `tune_teacher` does.
+    """
+    told: DpoSettings = settings["dpo"]
+    tokenizer = AutoTokenizer.from_pretrained(told.model, trust_remote_code=told.trust_remote_code)
+    pairs = read_pairs(told.pairs)
+    kept = drop_long_prompts(pairs, tokenizer, told.tuning.max_length)
+    training, evaluation = split_by_prompt(kept, told.tuning.eval_fraction, told.seed)
+    with TemporaryDirectory() as folder:
+        # Before the model: with ZeRO 3 the arguments decide how it is loaded.
+        arguments = training_arguments(told.tuning, folder, told.seed, num_pairs=len(training))
+        model = AutoModelForCausalLM.from_pretrained(
+            told.model, dtype=torch.float32, trust_remote_code=told.trust_remote_code
+        )
+        trainer = TeacherTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=tokenized(training, tokenizer, append_eos=told.append_eos),
+            eval_dataset=tokenized(evaluation, tokenizer, append_eos=told.append_eos) if evaluation else None,
+            processing_class=tokenizer,
+            callbacks=[Reporter(told.progress)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        train(trainer)
+        result = {
+            "pairs": {"train": len(training), "evaluation": len(evaluation), "dropped": len(pairs) - len(kept)},
+            "train": training_summary(trainer.state),
+            "eval_before": trainer.reference_metrics(),
+            "eval_after": trainer.reward_metrics(),
+        }
+        save_teacher(trainer, told)
+    return result
+
+
+# -- pairs ----------------------------------------------------------------------------------------------------------
+
+
+def read_pairs(parts: Iterable[str]) -> list[PreferencePair]:
+    """The rows of Parquet parts (paths or URLs), in order."""
+    rows: list[PreferencePair] = []
+    for part in parts:
+        with fsspec.open(part, "rb") as file:
+            rows.extend(cast("list[PreferencePair]", pq.read_table(file).to_pylist()))
+    return rows
+
+
+def drop_long_prompts(
+    pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[PreferencePair]:
+    """Pairs whose prompt leaves room for at least one token of a completion.
+
+    Raises:
+        DataError: none does.
+    """
+    lengths = {prompt: len(token_ids(tokenizer, prompt)) for prompt in {pair["prompt"] for pair in pairs}}
+    kept = [pair for pair in pairs if lengths[pair["prompt"]] < max_length]
+    if not kept:
+        raise DataError(
+            f"all {len(pairs)} preference pairs have prompts of {min(lengths.values())} tokens or more, which leaves "
+            f"no room for a completion: raise tune_teacher.max_length, now {max_length}, or lower synthesize.shots"
+        )
+    return kept
+
+
+def tokenized(pairs: Iterable[PreferencePair], tokenizer: PreTrainedTokenizerBase, *, append_eos: bool) -> Dataset:
+    """The pairs as token ids, in order; see `tokenize_pair`."""
+    ending = [end_of_turn(tokenizer)] if append_eos else []
+    return Dataset.from_list([dict(tokenize_pair(tokenizer, pair, ending)) for pair in pairs])
+
+
+def tokenize_pair(tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, ending: list[int]) -> TokenizedPair:
+    """A pair as the token ids the teacher saw and wrote; `ending` is appended to both completions.
+
+    The prompt is rendered already: no special token is added. A completion's ids are what follows the prompt's own in
+    the ids of both texts together, or its own ids where a token would reach across the boundary, since sampling began
+    after the prompt's last token.
+    """
+    prompt_ids = token_ids(tokenizer, pair["prompt"])
+
+    def completion_ids(text: str) -> list[int]:
+        whole = token_ids(tokenizer, pair["prompt"] + text)
+        aligned = whole[: len(prompt_ids)] == prompt_ids
+        return (whole[len(prompt_ids) :] if aligned else token_ids(tokenizer, text)) + ending
+
+    return TokenizedPair(
+        prompt_ids=prompt_ids,
+        chosen_ids=completion_ids(pair["chosen"]),
+        rejected_ids=completion_ids(pair["rejected"]),
+    )
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a text whose special tokens are written out in it."""
+    return cast("list[int]", tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends an assistant's message in the chat template; the tokenizer's EOS where nothing does.
+
+    The two differ for some models: Gemma ends a turn with <end_of_turn>, its EOS is <eos>.
+    """
+    mark = "montessori"
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+    text = cast("str", tokenizer.apply_chat_template(chat, tokenize=False))
+    ending = token_ids(tokenizer, text[text.rindex(mark) + len(mark) :].strip())
+    return ending[0] if ending else cast("int", tokenizer.eos_token_id)
+
+
+# -- the trainer ----------------------------------------------------------------------------------------------------
+
+
+class TeacherTrainer(DPOTrainer):
+    """TRL's DPO trainer on rows that are token ids already, with exact reward metrics over a whole dataset.
+
+    The reference log-probabilities are computed once with the untrained weights, so no second model is kept, and held
+    in memory on every rank: TRL's own way needs a folder that all ranks share.
+    """
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Dataset, *_: Any) -> Dataset:
+        if self.is_deepspeed_enabled and self._precompute_engine is None:
+            self._precompute_engine = prepare_deepspeed(cast("PreTrainedModel", self.model), self.accelerator)
+        chosen, rejected = self.log_probs(self._precompute_engine or self.model, dataset)
+        return dataset.add_column("ref_chosen_logps", chosen.tolist()).add_column(
+            "ref_rejected_logps", rejected.tolist()
+        )
+
+    def log_probs(self, model: Any, dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities `[N]` of all chosen and all rejected completions given their prompts, on every rank."""
+        was_training = model.training
+        model.eval()
+        chosen, rejected = [], []
+        for batch in self.get_eval_dataloader(dataset):
+            pair = self.accelerator.gather_for_metrics(self.compute_ref_log_probs(model, batch))
+            chosen.append(pair[0].cpu())
+            rejected.append(pair[1].cpu())
+        model.train(was_training)
+        return torch.cat(chosen), torch.cat(rejected)
+
+    def reference_metrics(self) -> dict[str, float]:
+        """`reward_metrics` before training, where policy and reference are the same; needs no forward pass."""
+        if self.eval_dataset is None:
+            return {}
+        chosen, rejected = self._reference(self.eval_dataset)
+        return pair_metrics(chosen, rejected, chosen, rejected, self.beta)
+
+    def reward_metrics(self) -> dict[str, float]:
+        """Metrics of the current weights over the evaluation pairs, empty if there are none."""
+        if self.eval_dataset is None:
+            return {}
+        policy = self.log_probs(self.model_wrapped, self.eval_dataset)
+        return pair_metrics(*policy, *self._reference(self.eval_dataset), self.beta)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Nothing: a checkpoint's weights are in DeepSpeed's own files, and `save_teacher` writes the final ones."""
+
+    @staticmethod
+    def _reference(dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tensor(dataset["ref_chosen_logps"][:]), torch.tensor(dataset["ref_rejected_logps"][:])
+
+
+def pair_metrics(
+    chosen: torch.Tensor,
+    rejected: torch.Tensor,
+    ref_chosen: torch.Tensor,
+    ref_rejected: torch.Tensor,
+    beta: float,
+) -> dict[str, float]:
+    """DPO loss and implicit rewards from log-probabilities `[N]` (arXiv 2305.18290, equation 7).
+
+    A tie counts as half in `reward_accuracy`, so that it is 0.5 before training.
+    """
+    margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+    return {
+        "loss": -F.logsigmoid(margin).mean().item(),
+        "reward_margin": margin.mean().item(),
+        "reward_accuracy": ((margin.sign() + 1) / 2).mean().item(),
+        "logp_chosen": chosen.mean().item(),
+        "logp_rejected": rejected.mean().item(),
+    }
+
+
+def training_arguments(tuning: TuneTeacher, folder: str, seed: int, *, num_pairs: int) -> DPOConfig:
+    """TRL's arguments for these settings; `folder` takes checkpoints until they are reported."""
+    accumulation = tuning.batch_size // (tuning.micro_batch_size * tuning.workers)
+    steps = tuning.epochs * math.ceil(num_pairs / tuning.batch_size)
+    optimizer = tuning.optimizer
+    return DPOConfig(
+        output_dir=folder,
+        seed=seed,
+        use_cpu=not tuning.worker.gpus,
+        # DPO
+        beta=tuning.beta,
+        max_length=tuning.max_length,
+        precompute_ref_log_probs=True,
+        # batches
+        per_device_train_batch_size=tuning.micro_batch_size,
+        per_device_eval_batch_size=tuning.micro_batch_size,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=tuning.epochs,
+        # AdamW, and a rate that rises, stays, and falls to zero
+        optim="adamw_torch",
+        learning_rate=optimizer.learning_rate,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.betas[0],
+        adam_beta2=optimizer.betas[1],
+        adam_epsilon=optimizer.eps,
+        max_grad_norm=optimizer.max_grad_norm,
+        lr_scheduler_type="warmup_stable_decay",
+        warmup_steps=int(tuning.warmup_ratio * steps),
+        lr_scheduler_kwargs={"num_decay_steps": int(tuning.decay_ratio * steps), "min_lr_ratio": 0.0},
+        # memory and precision
+        gradient_checkpointing=tuning.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=False,
+        deepspeed=deepspeed_config(tuning),
+        # checkpoints and logs
+        save_strategy="steps",
+        save_steps=tuning.checkpoint_steps,
+        logging_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+
+def deepspeed_config(tuning: TuneTeacher) -> dict[str, Any]:
+    """DeepSpeed's settings; `auto` takes the trainer's.
+
+    bfloat16 is torch's autocast on float32 weights: DeepSpeed's own `bf16` makes its float32 masters from weights
+    already rounded to bfloat16, which loses what an earlier tuning at a rate of 1e-6 changed.
+    """
+    config: dict[str, Any] = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+        # Weights are gathered as they are stored, in float32, whatever the setting's name says.
+        "zero_optimization": {"stage": tuning.zero_stage, "stage3_gather_16bit_weights_on_model_save": True},
+    }
+    if tuning.precision == "bfloat16":
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return config
+
+
+# -- running it -----------------------------------------------------------------------------------------------------
+
+
+class Reporter(TrainerCallback):
+    """Steps to the progress board, checkpoints to Ray Train; on every rank, since a report is a barrier."""
+
+    def __init__(self, progress: ProgressChannel) -> None:
+        self.progress = progress
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Metrics of one step."""
+        if state.is_world_process_zero and logs and "rewards/margins" in logs:
+            self.progress.update(
+                state.global_step,
+                state.max_steps,
+                unit="steps",
+                loss=float(logs["loss"]),
+                reward_margin=logs["rewards/margins"],
+                reward_accuracy=logs["rewards/accuracies"],
+            )
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Each rank reports its own files; Ray Train merges them."""
+        folder = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
+        checkpoint = ray.train.Checkpoint.from_directory(str(folder))
+        ray.train.report({"step": state.global_step}, checkpoint=checkpoint)
+        shutil.rmtree(folder)
+
+
+def train(trainer: TeacherTrainer) -> None:
+    """Train from the last reported checkpoint on, or from the start."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        trainer.train()
+        return
+    with checkpoint.as_directory() as folder:
+        trainer.train(resume_from_checkpoint=folder)
+
+
+def training_summary(state: TrainerState) -> dict[str, float]:
+    """Loss and rewards of the whole training from its log, which checkpoints carry over a restart."""
+    steps = [entry for entry in state.log_history if "rewards/margins" in entry]
+    return {
+        "steps": state.global_step,
+        "loss": sum(float(entry["loss"]) for entry in steps) / len(steps),
+        "last_loss": float(steps[-1]["loss"]),
+        "last_reward_margin": steps[-1]["rewards/margins"],
+        "last_reward_accuracy": steps[-1]["rewards/accuracies"],
+    }
+
+
+def save_teacher(trainer: TeacherTrainer, told: DpoSettings) -> None:
+    """Write the tuned weights in float32 and everything else as the original teacher has it; all ranks take part.
+
+    float32, because a change of 1e-6 is below the bfloat16 spacing of most weights and the next iteration starts from
+    it; vLLM casts on loading.
+    """
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not trainer.is_world_process_zero():
+        return
+    with Storage(told.output).folder_writer("") as folder:
+        model = cast("PreTrainedModel", trainer.accelerator.unwrap_model(trainer.model))
+        model.save_pretrained(folder, state_dict=state)
+        # Read anew: the trainer gives its copies a padding token.
+        AutoTokenizer.from_pretrained(told.model, trust_remote_code=told.trust_remote_code).save_pretrained(folder)
+        if (told.model / "generation_config.json").exists():
+            GenerationConfig.from_pretrained(told.model).save_pretrained(folder)

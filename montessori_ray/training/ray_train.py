@@ -1,0 +1,196 @@
+"""Ray Train runs: start one, wait for it so that Ctrl-C works, say in a sentence why it failed.
+
+    metrics = run_training(loop, settings, name="warm_up-1f2e", storage="/shared/run/train", workers=2, worker=resources)
+
+`loop(settings)` runs on every worker with `torch.distributed` set up (gloo, or nccl where workers have GPUs). A worker
+that dies, or a later call with the same name and storage, goes on from the last checkpoint given to
+`ray.train.report`, which the loop reads with `ray.train.get_checkpoint`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+
+from montessori_ray.config import WorkerResources
+from montessori_ray.errors import UserError
+
+Loop = Callable[[dict[str, Any]], dict[str, Any] | None]
+
+START_TIMEOUT_S = 600
+"""Seconds one attempt to place the workers may wait, with `max_failures` more attempts; Ray's own 60 is too short where
+several runs queue or nodes are being added, and its default of unlimited attempts hangs where they never come."""
+
+POLL_S = 0.5
+"""Seconds between looks at a run, for the driver (Ctrl-C) and for Ray Train's controller (its default is 2)."""
+
+STOP_TIMEOUT_S = 20
+"""Seconds a cancelled run may take to stop its workers before its process is killed."""
+
+
+class TrainingFailed(UserError):
+    """A training run could not be placed or failed more often than allowed; the first cause in a sentence."""
+
+
+def run_training(
+    loop: Loop,
+    settings: dict[str, Any],
+    *,
+    name: str,
+    storage: str,
+    workers: int,
+    worker: WorkerResources,
+    max_failures: int = 3,
+) -> dict[str, Any]:
+    """Run `loop(settings)` on `workers` ranks and wait; returns what the loop of rank 0 returned ({} for None).
+
+    Args:
+        loop: importable on the workers. Its result comes back through Ray, so keep it small.
+        settings: argument of the loop; paths in it must be absolute, workers change their directory.
+        name: name of the run; the same name and storage continue from the last checkpoint.
+        storage: folder or URL that all nodes see, for checkpoints.
+        workers: number of ranks.
+        worker: resources of one rank.
+        max_failures: times the workers are started again after one died, raised or could not be placed.
+
+    Raises:
+        TrainingFailed: see the class.
+    """
+    training = start_training(
+        loop, settings, name=name, storage=storage, workers=workers, worker=worker, max_failures=max_failures
+    )
+    return training_result(training)
+
+
+def start_training(
+    loop: Loop,
+    settings: dict[str, Any],
+    *,
+    name: str,
+    storage: str,
+    workers: int,
+    worker: WorkerResources,
+    max_failures: int = 3,
+) -> ray.ObjectRef[dict[str, Any]]:
+    """`run_training` without the wait: several runs at once. Hand the reference to `training_result`."""
+    fit = _fit.options(name=f"train:{name}", max_retries=max_failures)
+    return fit.remote(loop, settings, name, storage, workers, worker, max_failures)
+
+
+def training_result(training: ray.ObjectRef[dict[str, Any]]) -> dict[str, Any]:
+    """Wait for a started run; an exception here (Ctrl-C) stops the run and frees its workers before it goes on.
+
+    Raises:
+        TrainingFailed: see the class.
+    """
+    try:
+        while True:
+            try:
+                return ray.get(training, timeout=POLL_S)
+            except GetTimeoutError:
+                continue
+    except RayTaskError as error:
+        if isinstance(error.cause, TrainingFailed):
+            raise error.cause from None
+        raise
+    except BaseException:
+        stop_training(training)
+        raise
+
+
+def stop_training(training: ray.ObjectRef[dict[str, Any]]) -> None:
+    """Stop a run: when this returns its workers and placement group are gone. A finished run is left alone."""
+    ray.cancel(training)  # reaches Ray Train's interrupt handler, which aborts the controller and its workers
+    stopped, _ = ray.wait([training], timeout=STOP_TIMEOUT_S)
+    if not stopped:
+        ray.cancel(training, force=True)
+        ray.wait([training], timeout=STOP_TIMEOUT_S)
+
+
+@ray.remote(num_cpus=0)
+def _fit(
+    loop: Loop,
+    settings: dict[str, Any],
+    name: str,
+    storage: str,
+    workers: int,
+    worker: WorkerResources,
+    max_failures: int,
+) -> dict[str, Any]:
+    """`TorchTrainer.fit` in a task: beside other runs, away from the driver's signal handlers, retried elsewhere if its
+    node dies."""
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(START_TIMEOUT_S)
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = str(POLL_S)
+    trainer = TorchTrainer(
+        _run_loop,
+        train_loop_config={"loop": loop, "settings": settings, "threads": None if worker.gpus else worker.threads},
+        torch_config=TorchConfig(backend="nccl" if worker.gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=worker.gpus > 0, resources_per_worker=worker.bundle, placement_strategy="PACK"
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=storage,
+            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            worker_runtime_env={"env_vars": worker_environment(worker)},
+        ),
+    )
+    try:
+        return trainer.fit().return_value or {}
+    except TrainingFailedError as error:
+        raise TrainingFailed(f"training {name} failed: {_first_cause(error, workers, worker)}") from None
+
+
+def worker_environment(worker: WorkerResources) -> dict[str, str]:
+    """Environment of a worker process; Ray hands none of the driver's on."""
+    variables = {"OMP_NUM_THREADS": str(worker.threads), "TOKENIZERS_PARALLELISM": "false"}
+    if not worker.gpus:
+        variables["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed takes whatever accelerator library it can import
+    return variables
+
+
+def _run_loop(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The loop, with this thread's share of cores: Ray Train runs it in a thread of its own, which OpenMP's setting of
+    the main thread does not reach."""
+    if config["threads"] is not None:
+        torch.set_num_threads(config["threads"])
+    loop: Loop = config["loop"]
+    return loop(config["settings"])
+
+
+def _first_cause(error: TrainingFailedError, workers: int, worker: WorkerResources) -> str:
+    """What went wrong first, in a sentence."""
+    if isinstance(error, ControllerError):
+        resources = ", ".join(f"{amount:g} {kind}" for kind, amount in worker.bundle.items())
+        reason = str(error.controller_failure).split(". Potential causes")[0].splitlines()[0]
+        return f"{workers} workers of {resources} could not be started: {type(error.controller_failure).__name__}: {reason}"
+    assert isinstance(error, WorkerGroupError), error
+    rank, cause = min(error.worker_failures.items(), key=lambda item: (_is_collateral(_base(item[1])), item[0]))
+    cause = _base(cause)
+    if isinstance(cause, UserError):
+        return str(cause)
+    if isinstance(cause, RayActorError):
+        return f"worker {rank} of {workers} died (killed, out of memory, or its node was lost)"
+    message = str(cause).strip() or "no message"
+    return f"worker {rank} of {workers} raised {type(cause).__name__}: {message.splitlines()[0]}"
+
+
+def _base(failure: BaseException) -> BaseException:
+    """The exception the loop raised, out of Ray Train's wrapper (which has no public way to it; ray is pinned)."""
+    return getattr(failure, "_base_exc", failure)
+
+
+def _is_collateral(cause: BaseException) -> bool:
+    """Whether an exception is what a collective raises because another rank is gone."""
+    return isinstance(cause, (RuntimeError, torch.distributed.DistError)) and any(
+        sign in str(cause) for sign in ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo")
+    )

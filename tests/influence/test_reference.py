@@ -1,0 +1,123 @@
+"""Row losses against the model's own `loss`, one row at a time, over architectures that differ in their heads."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+)
+
+from montessori_ray.errors import DataError
+from montessori_ray.influence import reference
+from montessori_ray.influence.reference import ReferenceSet, ResponseLoss, influence_and_se
+from montessori_ray.training.chat import Encoded
+
+VOCAB = 97
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**SIZES),
+    "llama_tied": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "qwen2": lambda: Qwen2Config(**SIZES),
+    "gpt2": lambda: GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "gemma2": lambda: Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=2.0),
+    "gemma3": lambda: Gemma3TextConfig(**SIZES, head_dim=8),
+    "granite": lambda: GraniteConfig(**SIZES, logits_scaling=4.0),
+}
+PLAIN_HEADS = {"llama", "llama_tied", "qwen2", "gpt2", "gemma3"}
+
+
+def model_of(architecture: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model: torch.nn.Module = AutoModelForCausalLM.from_config(ARCHITECTURES[architecture](), dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def random_rows(lengths: list[int]) -> list[Encoded]:
+    """Rows of random tokens whose last third, at least one token, is the response."""
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for length in lengths:
+        tokens = torch.randint(1, VOCAB, (length,), generator=generator).tolist()
+        prompt = min(length - 1, max(1, 2 * length // 3))
+        rows.append(Encoded(tokens, [-100] * prompt + tokens[prompt:]))
+    return rows
+
+
+def own_loss(model: torch.nn.Module, row: Encoded) -> float:
+    with torch.no_grad():
+        return float(model(input_ids=torch.tensor([row.input_ids]), labels=torch.tensor([row.labels])).loss)
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_rows_equal_the_models_own_loss(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "CHUNK_LOGITS", 5 * VOCAB)  # several chunks a batch
+    model = model_of(architecture)
+    rows = random_rows([3, 17, 9, 2, 30, 11, 17])
+    loss = ResponseLoss(model)
+    assert (loss.head is not None) == (architecture in PLAIN_HEADS)
+    losses = ReferenceSet(rows, 40, 0).losses(loss, torch.device("cpu"))
+    torch.testing.assert_close(losses, torch.tensor([own_loss(model, row) for row in rows]).double(), rtol=0, atol=3e-6)
+
+
+def test_gradient_equals_the_models_own() -> None:
+    model = model_of("llama_tied")
+    (row,) = random_rows([20])
+    inputs = {"input_ids": torch.tensor([row.input_ids]), "labels": torch.tensor([row.labels])}
+    model(**inputs).loss.backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad()
+    ResponseLoss(model)(**inputs, attention_mask=torch.ones(1, 20, dtype=torch.long))[0].backward()
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_batches_keep_to_the_budget() -> None:
+    batches = ReferenceSet(random_rows([3, 17, 9, 2, 30, 11, 17]), 40, 0).batches
+    assert sorted(row for batch in batches for row in batch.rows) == list(range(7))
+    for batch in batches:
+        assert len(batch.rows) == 1 or batch.tensors["input_ids"].numel() <= 40
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_split_the_rows_and_run_the_same_passes(world: int) -> None:
+    model = ResponseLoss(model_of("llama"))
+    rows = random_rows([3, 17, 9, 2, 30, 11, 17])
+    shares = [ReferenceSet(rows, 40, 0, rank, world) for rank in range(world)]
+    assert len({tuple(len(batch.rows) for batch in share.batches) for share in shares}) == 1
+    losses = [share.losses(model, torch.device("cpu")) for share in shares]
+    together = torch.stack(losses).nanmean(dim=0)
+    alone = ReferenceSet(rows, 40, 0).losses(model, torch.device("cpu"))
+    torch.testing.assert_close(together, alone, rtol=0, atol=3e-6)
+
+
+def test_a_row_without_response_is_refused() -> None:
+    with pytest.raises(DataError, match="reference row 1 has no response token"):
+        ReferenceSet([*random_rows([5]), Encoded([1, 2, 3], [-100, -100, -100])], 40, 0)
+    with pytest.raises(DataError, match="empty"):
+        ReferenceSet([], 40, 0)
+
+
+def test_influence_and_standard_error() -> None:
+    before, after = torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([1.5, 1.5, 3.5]).double()
+    influence, error = influence_and_se(before, after)
+    assert influence == pytest.approx(1 / 6)
+    assert error == pytest.approx(math.sqrt(sum((d - 1 / 6) ** 2 for d in (0.5, -0.5, 0.5)) / 2 / 3))
