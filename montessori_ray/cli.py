@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from types import FrameType
-from typing import Annotated
+from typing import Annotated, ParamSpec
 
 import typer
 from rich import box
 from rich.console import Console as RichConsole
 from rich.table import Table
+from rich.text import Text
 
 from montessori_ray import loop
 from montessori_ray.cluster import cluster_nodes, connected, require_room, say_bundles, this_machine
@@ -23,6 +25,7 @@ from montessori_ray.session import open_run
 from montessori_ray.telemetry.console import clock, stage_table
 from montessori_ray.telemetry.events import read_events
 
+Arguments = ParamSpec("Arguments")
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -34,7 +37,31 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="settings over the f
 IterationOption = Annotated[int | None, typer.Option(help="only this iteration, from 0")]
 
 
+def said_plainly(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
+    """A user's error becomes a sentence; Ctrl-C, or SIGTERM as `ray job stop` sends, says how to continue."""
+
+    @wraps(command)
+    def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+        # The console shows the run's own progress; libraries' bars and greetings would cut through it.
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            command(*args, **kwargs)
+        except UserError as error:
+            RichConsole(stderr=True, soft_wrap=True, highlight=False).print(
+                Text.assemble(("error: ", "red"), str(error))
+            )
+            sys.exit(2)
+        except KeyboardInterrupt:
+            typer.echo("\nstopped; what is committed is kept, give the same command again to continue", err=True)
+            sys.exit(130)
+
+    return wrapped
+
+
 @app.command()
+@said_plainly
 def run(
     config: ConfigOption,
     overrides: Overrides = None,
@@ -46,19 +73,19 @@ def run(
 
 
 @app.command()
+@said_plainly
 def plan(config: ConfigOption, overrides: Overrides = None) -> None:
     """Show the stages, their rows and what they ask the cluster for; starts nothing."""
     settings = load_config(config, overrides)
     nodes = _nodes(settings)
     table = Table(title=f"Plan of {open_run(settings.run).root}", box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("stage")
+    table.add_column("stage", no_wrap=True)
     table.add_column("rows", justify="right")
     table.add_column("asks for at once")
-    table.add_column("reads", overflow="fold")
     stages = loop.stages_of(settings)
     for stage in stages:
         rows = f"{stage.rows:,}" if stage.rows is not None else ""
-        table.add_row(stage.name, rows, say_bundles(loop.bundles_of(stage, settings)), ", ".join(stage.inputs))
+        table.add_row(stage.name, rows, say_bundles(loop.bundles_of(stage, settings)))
     RichConsole(soft_wrap=True).print(table, f"cluster: {say_bundles(nodes)}", sep="")
     for stage in stages:
         require_room(stage.name, loop.bundles_of(stage, settings), nodes)
@@ -73,6 +100,7 @@ def _nodes(settings: Config) -> list[dict[str, float]]:
 
 
 @app.command()
+@said_plainly
 def stages(
     config: ConfigOption,
     overrides: Overrides = None,
@@ -97,6 +125,7 @@ def stages(
 
 
 @app.command()
+@said_plainly
 def status(directory: Annotated[str, typer.Argument(metavar="RUN", help="the run directory")]) -> None:
     """Where a run stands, read from its directory: works from any shell, while it runs and after."""
     artifacts = open_run(directory)
@@ -117,6 +146,7 @@ def status(directory: Annotated[str, typer.Argument(metavar="RUN", help="the run
 
 
 @app.command("prune-student")
+@said_plainly
 def prune_student(
     model: Annotated[str, typer.Option(help="Hub name, folder, or embedded:smollm2-135m-instruct")],
     drop_layers: Annotated[str, typer.Option(help="layers to remove, e.g. 12-17 or 3,5,7-9")],
@@ -124,19 +154,18 @@ def prune_student(
 ) -> None:
     """Write a copy of a model without some of its layers: a small student that has something to learn."""
     from montessori_ray.models import prune_layers, resolve_model
-    from montessori_ray.stages.base import cache_folder
 
     layers: list[int] = []
     for part in drop_layers.split(","):
         first, _, last = part.partition("-")
         layers.extend(range(int(first), int(last or first) + 1))
-    prune_layers(resolve_model(model, cache_folder()), layers, output)
+    prune_layers(resolve_model(model), layers, output)
     typer.echo(f"{output}: {model} without layers {', '.join(map(str, layers))}")
 
 
 def main() -> None:
     """Entry point of `montessori`."""
-    guarded(app)
+    app()
 
 
 def job(*kinds: str) -> None:
@@ -144,25 +173,8 @@ def job(*kinds: str) -> None:
     application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
     @application.command()
+    @said_plainly
     def main(config: ConfigOption, overrides: Overrides = None, iteration: IterationOption = None) -> None:
         loop.run_loop(load_config(config, overrides), kinds=kinds, iteration=iteration)
 
-    guarded(application)
-
-
-def guarded(command: Callable[[], None]) -> None:
-    """Run a command: a user's error becomes a sentence, an interruption says how to continue."""
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        command()
-    except UserError as error:
-        RichConsole(stderr=True, soft_wrap=True, highlight=False).print(f"[red]error:[/red] {error}", markup=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("\nstopped; what is committed is kept, give the same command again to continue", err=True)
-        sys.exit(130)
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    """SIGTERM (as `ray job stop` sends) stops as Ctrl-C does."""
-    raise KeyboardInterrupt
+    application()

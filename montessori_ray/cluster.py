@@ -97,4 +97,4 @@ def say_bundles(bundles: Sequence[Bundle]) -> str:
     """`2 x (1 CPU, 1 GPU)`; equal bundles counted."""
     said = [", ".join(f"{amount:g} {name}" for name, amount in bundle.items() if amount) for bundle in bundles]
     counted = {text: said.count(text) for text in said}
-    return " + ".join(f"{count} x ({text or 'nothing'})" for text, count in counted.items()) or "nothing"
+    return " + ".join(f"{count} x ({text or 'nothing'})" for text, count in counted.items()) or "-"

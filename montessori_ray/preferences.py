@@ -12,38 +12,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import product
-from typing import Literal, TypedDict
+from typing import Any, Literal
 
 from montessori_ray.errors import DataError
 
+Row = Mapping[str, Any]
+"""A scored output: `prompt_id`, `prompt` (the rendered few-shot prompt), `example_id` (unique), `raw_output` (as
+sampled), `influence` (change of the reference loss, baseline subtracted; negative helps), `influence_se` (its standard
+error over the reference examples)."""
 
-class ScoredOutput(TypedDict):
-    """One sampled instruction and its influence on the student."""
-
-    prompt_id: str
-    prompt: str
-    """The rendered few-shot prompt, equal for all rows of one `prompt_id`."""
-    example_id: str
-    """Unique among all rows."""
-    raw_output: str
-    """The teacher's output as sampled."""
-    influence: float
-    """Change of the reference loss, baseline subtracted; negative helps."""
-    influence_se: float
-    """Its standard error over the reference examples."""
-
-
-class PreferencePair(TypedDict):
-    """Two outputs of one few-shot prompt, of which the chosen one helps the student and the rejected one harms it."""
-
-    prompt_id: str
-    prompt: str
-    chosen: str
-    rejected: str
-    chosen_id: str
-    rejected_id: str
-    chosen_influence: float
-    rejected_influence: float
+Pair = dict[str, Any]
+"""A preference pair: `prompt_id`, `prompt`, the texts `chosen` and `rejected`, and `chosen_id`, `rejected_id`,
+`chosen_influence`, `rejected_influence`."""
 
 
 class Sign(StrEnum):
@@ -72,7 +52,7 @@ class Unpaired(StrEnum):
 class PairResult:
     """The pairs, ordered by their ids, and how many prompts gave none."""
 
-    pairs: list[PreferencePair]
+    pairs: list[Pair]
     prompts: int
     """Few-shot prompts with at least one scored output."""
     prompts_without_pair: dict[Unpaired, int]
@@ -80,7 +60,7 @@ class PairResult:
 
 
 def build_pairs(
-    rows: Iterable[ScoredOutput],
+    rows: Iterable[Row],
     *,
     rule: Literal["all", "best_worst"],
     margin_se: float,
@@ -98,10 +78,10 @@ def build_pairs(
     Raises:
         DataError: there is no pair at all; says what was seen and which setting fits.
     """
-    by_prompt: dict[str, list[ScoredOutput]] = {}
+    by_prompt: dict[str, list[Row]] = {}
     for row in rows:
         by_prompt.setdefault(row["prompt_id"], []).append(row)
-    pairs: list[PreferencePair] = []
+    pairs: list[Pair] = []
     unpaired: Counter[Unpaired] = Counter()
     for outputs in by_prompt.values():
         found = _pairs_of_prompt(outputs, margin_se)
@@ -116,7 +96,7 @@ def build_pairs(
     return PairResult(pairs, len(by_prompt), dict(unpaired))
 
 
-def one_sign(rows: Iterable[ScoredOutput]) -> Sign | None:
+def one_sign(rows: Iterable[Row]) -> Sign | None:
     """The sign that all influences share, None where both occur, or no row, or nothing but zeros."""
     helpful = harmful = False
     for row in rows:
@@ -127,9 +107,7 @@ def one_sign(rows: Iterable[ScoredOutput]) -> Sign | None:
     return Sign.HELPFUL if helpful else Sign.HARMFUL
 
 
-def split_by_prompt(
-    pairs: Sequence[PreferencePair], eval_fraction: float, seed: int
-) -> tuple[list[PreferencePair], list[PreferencePair]]:
+def split_by_prompt(pairs: Sequence[Pair], eval_fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
     """Pairs to train on and pairs to evaluate with, no few-shot prompt in both, each in the given order.
 
     About `eval_fraction` of the prompts are for evaluation: at least one where there are two or more, none where there
@@ -142,38 +120,38 @@ def split_by_prompt(
     return training, [pair for pair in pairs if pair["prompt_id"] in held]
 
 
-def _pairs_of_prompt(outputs: Sequence[ScoredOutput], margin_se: float) -> list[PreferencePair]:
+def _pairs_of_prompt(outputs: Sequence[Row], margin_se: float) -> list[Pair]:
     helpful = [output for output in outputs if output["influence"] < -_margin(output, margin_se)]
     harmful = [output for output in outputs if output["influence"] > _margin(output, margin_se)]
     return [
-        PreferencePair(
-            prompt_id=chosen["prompt_id"],
-            prompt=chosen["prompt"],
-            chosen=chosen["raw_output"],
-            rejected=rejected["raw_output"],
-            chosen_id=chosen["example_id"],
-            rejected_id=rejected["example_id"],
-            chosen_influence=chosen["influence"],
-            rejected_influence=rejected["influence"],
-        )
+        {
+            "prompt_id": chosen["prompt_id"],
+            "prompt": chosen["prompt"],
+            "chosen": chosen["raw_output"],
+            "rejected": rejected["raw_output"],
+            "chosen_id": chosen["example_id"],
+            "rejected_id": rejected["example_id"],
+            "chosen_influence": chosen["influence"],
+            "rejected_influence": rejected["influence"],
+        }
         for chosen, rejected in product(helpful, harmful)
         if chosen["raw_output"] != rejected["raw_output"]
     ]
 
 
-def _margin(output: ScoredOutput, margin_se: float) -> float:
+def _margin(output: Row, margin_se: float) -> float:
     # Without a margin an unknown (NaN) standard error, as one reference row gives, must not hide the sign.
     return margin_se * output["influence_se"] if margin_se else 0.0
 
 
-def _widest(pairs: Sequence[PreferencePair], count: int) -> list[PreferencePair]:
-    def narrowness(pair: PreferencePair) -> tuple[float, str, str]:
+def _widest(pairs: Sequence[Pair], count: int) -> list[Pair]:
+    def narrowness(pair: Pair) -> tuple[float, str, str]:
         return pair["chosen_influence"] - pair["rejected_influence"], pair["chosen_id"], pair["rejected_id"]
 
     return sorted(pairs, key=narrowness)[:count]
 
 
-def _why_unpaired(outputs: Sequence[ScoredOutput]) -> Unpaired:
+def _why_unpaired(outputs: Sequence[Row]) -> Unpaired:
     if len({output["raw_output"] for output in outputs}) < 2:
         return Unpaired.SINGLE_EXAMPLE
     sign = one_sign(outputs)
@@ -183,7 +161,7 @@ def _why_unpaired(outputs: Sequence[ScoredOutput]) -> Unpaired:
 
 
 def _nothing_to_prefer(
-    by_prompt: Mapping[str, Sequence[ScoredOutput]], unpaired: Mapping[Unpaired, int], margin_se: float
+    by_prompt: Mapping[str, Sequence[Row]], unpaired: Mapping[Unpaired, int], margin_se: float
 ) -> str:
     """The sentence for a user whose scores give no pair: what was seen, and the setting that fits it best."""
     outputs = [output for group in by_prompt.values() for output in group]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ from montessori_ray.artifacts.run import Run
 from montessori_ray.cluster import Bundle, cluster_nodes, connected, say_bundles
 from montessori_ray.config import Config
 from montessori_ray.errors import RunError
-from montessori_ray.stages.base import Stage, StageContext, cache_folder, identity_of
+from montessori_ray.stages.base import Stage, StageContext, identity_of
 from montessori_ray.synthesis.pool import TeacherPool
 from montessori_ray.telemetry.console import Console
 from montessori_ray.telemetry.events import EventLog
@@ -48,6 +49,7 @@ class Session:
         self._exit = ExitStack()
         self._board: Any = None
         self._pool: TeacherPool | None = None
+        self._hosted: str | None = None
 
     def __enter__(self) -> Self:
         self._exit.enter_context(self.run.lock())
@@ -119,12 +121,16 @@ class Session:
         if stage.teacher is None:
             if self._pool is not None and stage.bundles and not self.config.pool.resident:
                 self._pool.release()
+                self._hosted = None
             return None
         if self._pool is None:
-            self._pool = TeacherPool(self.config.pool)
+            # Runs may share a cluster; the next session of a killed one takes its pool over by this name.
+            name = f"teacher-{hashlib.sha256(self.run.root.encode()).hexdigest()[:8]}"
+            self._pool = TeacherPool(self.config.pool, name=name)
             self._exit.callback(self._pool.close)
-        model = self.run.artifact(stage.teacher).model_path(cache_folder())
-        started = time.monotonic()
-        if self._pool.host(str(model)):
+        if stage.teacher != self._hosted:
+            started = time.monotonic()
+            self._pool.host(str(self.run.artifact(stage.teacher).model_path()))
+            self._hosted = stage.teacher
             self.note(f"teacher pool serves {stage.teacher}, up in {time.monotonic() - started:.0f} s")
         return self._pool.client()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from montessori_ray.errors import DataError
 from montessori_ray.preferences import (
     PairResult,
-    ScoredOutput,
+    Row,
     Sign,
     Unpaired,
     build_pairs,
@@ -22,18 +23,18 @@ from montessori_ray.preferences import (
 )
 
 
-def output(prompt: str, number: int, influence: float, *, se: float = 0.1, text: str | None = None) -> ScoredOutput:
-    return ScoredOutput(
-        prompt_id=prompt,
-        prompt=f"few-shot prompt {prompt}",
-        example_id=f"{prompt}-{number}",
-        raw_output=text if text is not None else f"output {number} of {prompt}",
-        influence=influence,
-        influence_se=se,
-    )
+def output(prompt: str, number: int, influence: float, *, se: float = 0.1, text: str | None = None) -> Row:
+    return {
+        "prompt_id": prompt,
+        "prompt": f"few-shot prompt {prompt}",
+        "example_id": f"{prompt}-{number}",
+        "raw_output": text if text is not None else f"output {number} of {prompt}",
+        "influence": influence,
+        "influence_se": se,
+    }
 
 
-def all_pairs(rows: list[ScoredOutput], *, margin_se: float = 0.0, max_pairs: int | None = None) -> PairResult:
+def all_pairs(rows: list[Row], *, margin_se: float = 0.0, max_pairs: int | None = None) -> PairResult:
     return build_pairs(rows, rule="all", margin_se=margin_se, max_pairs=max_pairs)
 
 
@@ -129,7 +130,7 @@ def test_max_pairs_keeps_the_widest() -> None:
         ),
     ],
 )
-def test_no_pair_says_what_was_seen_and_what_to_do(rows: list[ScoredOutput], margin_se: float, words: str) -> None:
+def test_no_pair_says_what_was_seen_and_what_to_do(rows: list[Row], margin_se: float, words: str) -> None:
     with pytest.raises(DataError) as caught:
         all_pairs(rows, margin_se=margin_se)
     assert words in str(caught.value)
@@ -150,7 +151,7 @@ scored = st.lists(
 )
 
 
-def table(drawn: list[tuple[str, float, str]]) -> list[ScoredOutput]:
+def table(drawn: list[tuple[str, float, str]]) -> list[Row]:
     rows = [output(prompt, number, influence, text=text) for number, (prompt, influence, text) in enumerate(drawn)]
     return [*rows, output("z", 0, -1.0), output("z", 1, 1.0)]
 
@@ -184,8 +185,8 @@ def test_the_order_of_rows_does_not_matter(
     rows = table(drawn)
     shuffled = list(rows)
     order.shuffle(shuffled)
-    arguments = {"rule": rule, "margin_se": 0.0, "max_pairs": max_pairs}
-    assert build_pairs(rows, **arguments) == build_pairs(shuffled, **arguments)  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {"rule": rule, "margin_se": 0.0, "max_pairs": max_pairs}
+    assert build_pairs(rows, **arguments) == build_pairs(shuffled, **arguments)
 
 
 @given(

@@ -21,7 +21,7 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from montessori_ray.artifacts.manifest import FORMAT_VERSION, Identity, Manifest, files_digest, library_versions
-from montessori_ray.artifacts.storage import TEMPORARY, Storage, rows_of
+from montessori_ray.artifacts.storage import TEMPORARY, Storage, cache_folder, rows_of
 from montessori_ray.errors import RunError
 
 BEGUN = "begun.json"
@@ -87,12 +87,12 @@ class Artifact:
         """One column of all committed rows."""
         return [value for table in self.tables([name]) for value in table.column(name).to_pylist()]
 
-    def model_path(self, cache: Path) -> Path:
-        """An ordinary folder with the model; a copy under `cache` where the run lies in a bucket."""
+    def model_path(self) -> Path:
+        """An ordinary folder with the model; a copy in the cache where the run lies in a bucket."""
         self.require()
         if self.storage.exists(f"{self.name}/{LOCATION}"):
             return Path(json.loads(self.storage.read(f"{self.name}/{LOCATION}"))["path"])
-        return self.storage.local_folder(self.name, cache)
+        return self.storage.local_folder(self.name, cache_folder())
 
     # -- making it ----------------------------------------------------------------------------------------------
 

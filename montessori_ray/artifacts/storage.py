@@ -165,6 +165,13 @@ def _write_by_rename(target: Path, content: bytes) -> None:
         os.close(folder)
 
 
+def cache_folder() -> Path:
+    """Where unpacked models and copies from buckets are kept: `$MONTESSORI_CACHE`, else `~/.cache/montessori_ray`."""
+    folder = Path(os.environ.get("MONTESSORI_CACHE") or Path.home() / ".cache" / "montessori_ray")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def rows_of(table: pa.Table) -> list[dict[str, Any]]:
     """A table as rows; typed here once, since pyarrow's own stub is not."""
     rows: list[dict[str, Any]] = table.to_pylist()

@@ -119,13 +119,13 @@ class Exact:
         restored = time.perf_counter()
         if not after.isfinite().all():
             return self._quarantined(example, "reference loss not finite after the step")
-        influence, error = influence_and_se(self._before, after)
+        influence, influence_se = influence_and_se(self._before, after)
         return Score(
             example_id=example.example_id,
             loss_before=float(self._before.mean()),
             loss_after=float(after.mean()),
             influence=influence,
-            influence_se=error,
+            influence_se=influence_se,
             estimator=self.name,
             step_seconds=stepped - start,
             evaluate_seconds=evaluated - stepped,

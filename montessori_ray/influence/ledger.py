@@ -1,10 +1,10 @@
 """Which probing examples are waiting, out on lease, or scored: the book that makes scoring survive deaths.
 
 The ledger holds only what is open: an example comes in with `extend`, goes out on leases until one group has committed
-its row, and is forgotten when the driver has drained that row. So it never grows with the data set, and a row that comes
-in a second time (from a lease that had been given up) is recognised by its example not being open any more.
+its row, and is forgotten when the driver has drained that row. So it never grows with the data set, and a row that
+comes in a second time (from a lease that had been given up) is recognised by its example not being open any more.
 
-Plain Python; `LedgerActor` puts it behind Ray.
+Plain Python; `groups.LedgerActor` puts it behind Ray.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
-
-import ray
 
 from montessori_ray.influence.score import Score
 
@@ -60,9 +58,7 @@ class Ledger:
     deadline) or its group is released.
     """
 
-    def __init__(
-        self, lease_size: int, lease_timeout_s: float, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, lease_size: int, lease_timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._lease_size = lease_size
         self._timeout = lease_timeout_s
         self._clock = clock
@@ -155,27 +151,3 @@ class Ledger:
             self._open.pop(example_id)
             del self._deaths[example_id]
             self._finished.append(Score(example_id=example_id, quarantine=reason).row())
-
-
-@ray.remote(num_cpus=0)
-class LedgerActor:
-    """The ledger of one scoring stage and what its groups say of themselves; owned by the driver."""
-
-    def __init__(self, lease_size: int, lease_timeout_s: float) -> None:
-        self._ledger = Ledger(lease_size, lease_timeout_s)
-        self._baselines: dict[str, dict[str, Any]] = {}
-
-    def extend(self, examples: Sequence[Row]) -> None:
-        self._ledger.extend(examples)
-
-    def complete(self) -> None:
-        self._ledger.complete()
-
-    def lease(self, group: str) -> Lease | Wait | None:
-        return self._ledger.lease(group)
-
-    def commit(self, lease_id: int, rows: Sequence[Row]) -> None:
-        self._ledger.commit(lease_id, rows)
-
-    def release(self, group: str) -> None:
-        self._ledger.release(group)

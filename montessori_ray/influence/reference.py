@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from montessori_ray.errors import DataError
-from montessori_ray.training.chat import Encoded, collate
+from montessori_ray.training.chat import IGNORED, Encoded, collate
 
-IGNORED = -100
 CHUNK_LOGITS = 2**25
 """Logits held at once: 128 MiB in float32."""
 
@@ -59,7 +58,9 @@ class ResponseLoss(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.head = ChunkedCrossEntropy(model.get_output_embeddings()) if _head_is_plain(model) else None
+        embedding = model.get_output_embeddings()
+        self.head = ChunkedCrossEntropy(embedding) if isinstance(embedding, nn.Linear) else None
+        self._head_is_enough: bool | None = None if self.head else False
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
         """Losses (R,) in float64 of rows (R, T); labels are -100 where the loss is not asked for.
@@ -68,7 +69,9 @@ class ResponseLoss(nn.Module):
         """
         targets = labels[:, 1:]
         asked = targets != IGNORED
-        if self.head is not None:
+        if self._head_is_enough is None:
+            self._head_is_enough = self._try_head(input_ids.device)
+        if self.head is not None and self._head_is_enough:
             hidden = self.model.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
             losses = self.head(hidden.last_hidden_state[:, :-1][asked], targets[asked])
         else:
@@ -77,6 +80,20 @@ class ResponseLoss(nn.Module):
         dense = torch.zeros(targets.shape, dtype=torch.float64, device=losses.device)
         dense[asked] = losses.double()
         return dense.sum(dim=1) / asked.sum(dim=1)
+
+    @torch.no_grad()
+    def _try_head(self, device: torch.device) -> bool:
+        """Whether the model's logits are its output embedding of the decoder's states and nothing else.
+
+        Some families scale or cap their logits (Gemma 2, Cohere, Granite) under names of their own, so it is tried on a
+        few tokens instead of looked up; in the first forward pass, where an engine has gathered the weights.
+        """
+        assert self.head is not None
+        words = torch.arange(1, 9, device=device) % self.model.config.get_text_config().vocab_size
+        hidden = self.model.get_decoder()(input_ids=words[None], use_cache=False).last_hidden_state[0]
+        logits = self.model(input_ids=words[None], use_cache=False).logits[0]
+        own = F.cross_entropy(logits.float(), words, reduction="none")
+        return torch.allclose(self.head(hidden, words), own, rtol=1e-5, atol=1e-5)
 
     def _by_row(self, input_ids: Tensor, attention_mask: Tensor, targets: Tensor) -> Tensor:
         """Cross entropies (N,) from the model's own logits, a row at a time."""
@@ -94,26 +111,8 @@ class ResponseLoss(nn.Module):
         """The model's own logits (1, keep, V) of the last `keep` positions."""
         limit = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
         output = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **limit)
-        return output.logits[:, -keep:]
-
-
-@torch.no_grad()
-def _head_is_plain(model: Any) -> bool:
-    """Whether logits are the output embedding of the decoder's states and nothing else.
-
-    Some families scale or cap their logits (Gemma 2, Cohere, Granite) under names of their own, so it is tried on a few
-    tokens instead of looked up.
-    """
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
-        return False
-    was_training = model.training
-    model.eval()
-    tokens = torch.arange(1, 9, device=model.device)[None] % model.config.get_text_config().vocab_size
-    states = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
-    plain = torch.allclose(head(states), model(input_ids=tokens, use_cache=False).logits, rtol=1e-4, atol=1e-4)
-    model.train(was_training)
-    return plain
+        logits: Tensor = output.logits
+        return logits[:, -keep:]
 
 
 @dataclass(frozen=True, slots=True)

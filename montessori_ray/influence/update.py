@@ -32,10 +32,18 @@ class AdamW:
     """Global gradient norm above which gradients are scaled down; 0 switches clipping off."""
 
     @staticmethod
-    def load(student: Path) -> AdamW:
-        """Read what the warm-up wrote into the student's directory."""
+    def load(student: Path, learning_rate: float | None = None) -> AdamW:
+        """What the warm-up wrote into the student's directory, with another learning rate where one is given."""
         fields = json.loads((student / OPTIMIZER_JSON).read_text(encoding="utf-8"))
+        fields["learning_rate"] = learning_rate or fields["learning_rate"]
         return AdamW(**{**fields, "betas": tuple(fields["betas"])})
+
+    @staticmethod
+    def fresh(learning_rate: float) -> AdamW:
+        """AdamW before its first step, with the config's defaults."""
+        return AdamW(
+            step=0, learning_rate=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, max_grad_norm=1.0
+        )
 
 
 def clip_scale(gradients: Iterable[Tensor], max_grad_norm: float) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import deepspeed
@@ -74,7 +75,7 @@ def _window(parameters: Sequence[Tensor], offsets: Sequence[int], start: int, le
 
 
 def _shards(parameters: Sequence[Any], rank: int, world: int) -> tuple[Piece, ...]:
-    """Stage 3: every parameter is cut into `world` equal shards, the last one padded; a master joins a rank's shards."""
+    """Stage 3: each parameter is cut into `world` equal shards, the last one padded; a master joins a rank's shards."""
     pieces, offset = [], 0
     for parameter in parameters:
         shard = parameter.partition_numel()
@@ -109,8 +110,8 @@ class EngineState:
         """
         for master in self._masters:
             flat = {moment: torch.zeros_like(master.tensor) for moment in MOMENTS}
-            for piece in master.pieces if read is not None else ():
-                for moment in MOMENTS:
+            for piece, moment in product(master.pieces, MOMENTS):
+                if read is not None:
                     part = read(moment, piece.parameter).reshape(-1)[piece.source : piece.source + piece.length]
                     flat[moment].view(-1)[piece.offset : piece.offset + piece.length] = part
             group = self._engine.basic_optimizer.param_groups[0]
@@ -127,14 +128,8 @@ class EngineState:
     @torch.no_grad()
     def restore(self) -> None:
         """Go back to the remembered state, bit for bit."""
-        stage = self._engine.zero_optimization_stage()
-        if stage == 3:
-            self._engine.optimizer.parameter_offload.partition_all_parameters()
         torch._foreach_copy_(self._tensors(), self._saved)
-        if stage in (1, 2):
-            self._engine.optimizer.update_lp_params()
-        elif stage == 3:
-            self._engine.optimizer.checkpoint_event_epilogue()
+        self._refresh_working_copies()
         for name, value in self._saved_counters.items():
             setattr(self._engine, name, value)
         _set_generators(self._saved_generators)
@@ -144,11 +139,24 @@ class EngineState:
         working: list[Tensor] = list(self._engine.module.buffers())
         if self._engine.zero_optimization_stage() in (1, 2):
             working += self._engine.optimizer.bit16_groups_flat
+        elif self._engine.zero_optimization_stage() == 3:
+            working += self._engine.optimizer.fp16_partitioned_groups_flat
         counters = [getattr(self._engine, name) for name in COUNTERS]
         mine = [counters, *(checksum(tensor) for tensor in (*self._tensors(), *working, *_generators()))]
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
         return hashlib.sha256(repr(everyone).encode()).hexdigest()
+
+    def _refresh_working_copies(self) -> None:
+        """Make the weights that the forward pass reads from the masters, as the end of a step does."""
+        stage, zero = self._engine.zero_optimization_stage(), self._engine.optimizer
+        if stage in (1, 2):
+            zero.update_lp_params()
+        elif stage == 3:
+            zero.parameter_offload.partition_all_parameters()  # drops gathered copies of the stepped weights
+            for index in range(len(zero.fp16_groups)):
+                zero._reassign_or_swap_out_partitioned_parameters(index)
+            zero.checkpoint_event_epilogue()  # gathers the small parameters that stay whole
 
     def _tensors(self) -> list[Tensor]:
         """Masters, moments and step counts of this rank, always in the same order."""

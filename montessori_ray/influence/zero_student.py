@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from montessori_ray.errors import ModelError
 from montessori_ray.influence.estimators import NotFiniteError
@@ -18,9 +18,8 @@ from montessori_ray.influence.reference import ReferenceSet, ResponseLoss
 from montessori_ray.influence.update import AdamW
 from montessori_ray.influence.zero_state import EngineState
 from montessori_ray.training.chat import Encoded, collate
-
-OPTIMIZER_TENSORS = "optimizer.safetensors"
-"""File of a warmed student with `exp_avg.<parameter>` and `exp_avg_sq.<parameter>` in float32."""
+from montessori_ray.training.engine import build_engine, load_model
+from montessori_ray.training.student_state import OPTIMIZER_TENSORS
 
 
 class ZeroStudent:
@@ -58,10 +57,10 @@ class ZeroStudent:
         self._pad_token_id = pad_token_id
         rank, world = dist.get_rank(), dist.get_world_size()
         self._reference = ReferenceSet(reference, reference_tokens, pad_token_id, rank, world)
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        model = load_model(directory, zero_stage)
         module = ResponseLoss(model)
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        self._engine = _engine(module, rule, zero_stage)
+        names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        self._engine = build_engine(module, rule, zero_stage)
         self._engine.eval()
         self._state = EngineState(self._engine)
         if rule.step == 0:
@@ -73,8 +72,8 @@ class ZeroStudent:
     def step(self, example: Encoded) -> float:
         tensors = collate([example], self._pad_token_id)
         loss = self._loss(tensors)
-        value = float(loss)
-        if not torch.isfinite(loss):
+        value = loss.item()
+        if not math.isfinite(value):
             raise NotFiniteError(f"loss of the example is {value}")
         self._apply(loss)
         return value
@@ -128,6 +127,7 @@ def _load_moments(state: EngineState, step: int, names: dict[Tensor, str], direc
             key = f"{moment}.{names[parameter]}"
             if key not in known:
                 raise ModelError(f"{path} has no {key}: it belongs to another model than {directory}; warm up again")
-            return stored.get_tensor(key)
+            tensor: Tensor = stored.get_tensor(key)
+            return tensor
 
         state.set_moments(step, read)

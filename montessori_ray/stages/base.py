@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import pyarrow as pa
 from montessori_ray.artifacts.manifest import Identity
 from montessori_ray.artifacts.run import Artifact, Run
 from montessori_ray.config import Config, content_settings
-from montessori_ray.synthesis.pool import PoolClient
+from montessori_ray.synthesis.client import PoolClient
 from montessori_ray.telemetry.progress import ProgressChannel
 
 
@@ -71,7 +70,7 @@ class StageContext:
 
     def model(self, position: int) -> Path:
         """The folder of an input that is a model."""
-        return self.input(position).model_path(cache_folder())
+        return self.input(position).model_path()
 
     @property
     def pool(self) -> PoolClient:
@@ -100,10 +99,3 @@ def identity_of(stage: Stage, config: Config, run: Run) -> Identity:
     """
     inputs = {name: run.artifact(name).require().digest for name in stage.inputs}
     return Identity(stage=stage.name, settings=content_settings(config, stage.settings), inputs=inputs)
-
-
-def cache_folder() -> Path:
-    """Where models are kept outside of runs: `$MONTESSORI_CACHE`, else `~/.cache/montessori_ray`."""
-    folder = Path(os.environ.get("MONTESSORI_CACHE") or Path.home() / ".cache" / "montessori_ray")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

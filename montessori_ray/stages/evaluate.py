@@ -8,7 +8,6 @@ from typing import Any
 
 import ray
 
-from montessori_ray.evaluation.losses import row_losses
 from montessori_ray.stages.base import StageContext
 
 SETS = ("reference", "held_out")
@@ -46,12 +45,14 @@ def evaluate(context: StageContext) -> dict[str, Any]:
 
 def _losses(context: StageContext, position: int, sets: dict[str, list[dict[str, Any]]]) -> dict[str, list[float]]:
     """Per-row losses of one student on all sets, computed on a worker of the scoring kind."""
+    from montessori_ray.evaluation.losses import row_losses  # late: see stages/__init__.py
+
     student, score = context.config.student, context.config.score
     worker = score.worker
-    task = ray.remote(num_cpus=worker.cpus, num_gpus=worker.gpus)(row_losses)
+    measure: Any = ray.remote(num_cpus=worker.cpus, num_gpus=worker.gpus)(row_losses)  # type: ignore[arg-type]
     rows = [row for name in SETS for row in sets[name]]
     losses = ray.get(
-        task.remote(
+        measure.remote(
             str(context.model(position)), rows, chat_template=student.chat_template, max_length=student.max_length,
             tokens_a_pass=score.reference_tokens, threads=worker.threads, gpu=worker.gpus > 0,
         )

@@ -7,16 +7,16 @@ import shutil
 from typing import Any
 
 from montessori_ray.artifacts.run import LOCATION
-from montessori_ray.data import read_rows, require_disjoint
 from montessori_ray.errors import DataError
-from montessori_ray.models import EMBEDDED, check_model, model_digest, prune_layers, resolve_model
-from montessori_ray.stages.base import StageContext, cache_folder
+from montessori_ray.stages.base import StageContext
 
 ROWS_A_PART = 10_000
 
 
 def import_seeds(context: StageContext) -> dict[str, Any]:
     """Seed instructions into `inputs/seeds`; there must be more than one few-shot prompt can show."""
+    from montessori_ray.data import read_rows  # late: see stages/__init__.py
+
     rows = list(read_rows("seeds", context.config.data.seeds, needs_response=False))
     shots = context.config.synthesize.shots
     if len(rows) < shots:
@@ -29,11 +29,15 @@ def import_seeds(context: StageContext) -> dict[str, Any]:
 
 def import_reference(context: StageContext) -> dict[str, Any]:
     """Reference rows into `inputs/reference`."""
+    from montessori_ray.data import read_rows  # late: see stages/__init__.py
+
     return _store(context, list(read_rows("reference", context.config.data.reference, needs_response=True)))
 
 
 def import_held_out(context: StageContext) -> dict[str, Any]:
     """Held-out rows into `inputs/held_out`, disjoint from the reference set."""
+    from montessori_ray.data import read_rows, require_disjoint  # late: see stages/__init__.py
+
     rows = list(read_rows("held_out", context.config.data.held_out, needs_response=True))
     reference = context.input(0).column("instruction")
     require_disjoint("held-out", [row["instruction"] for row in rows], "reference", reference)
@@ -65,7 +69,9 @@ def _import_model(
     context: StageContext, model: str, role: str, template: str | None, length: int, drop_layers: tuple[int, ...]
 ) -> dict[str, Any]:
     """A model made here (unpacked, pruned) is copied into the run, where every node sees it; another one stays."""
-    folder = resolve_model(model, cache_folder())
+    from montessori_ray.models import EMBEDDED, check_model, model_digest, prune_layers, resolve_model
+
+    folder = resolve_model(model)
     check_model(folder, role=role, chat_template=template, context=length)
     if drop_layers:
         with context.output.model_writer() as target:

@@ -56,6 +56,7 @@ INFLUENCE = pa.schema(
         ("influence_se", pa.float64()),
         ("estimator", pa.string()),
         ("step_seconds", pa.float64()),
+        ("restore_seconds", pa.float64()),
         ("evaluate_seconds", pa.float64()),
         ("worker", pa.string()),
         ("quarantine", pa.string()),  # why the example has no influence, else null

@@ -7,7 +7,6 @@ from itertools import islice
 from statistics import fmean, stdev
 from typing import Any
 
-from montessori_ray.influence.groups import score_examples
 from montessori_ray.stages.base import StageContext
 
 ROWS_A_CHUNK = 256
@@ -16,6 +15,8 @@ ROWS_A_CHUNK = 256
 
 def score(context: StageContext) -> dict[str, Any]:
     """Score the examples of all inputs after the warmed student and the reference set; continues row by row."""
+    from montessori_ray.influence.driver import score_examples  # late: see stages/__init__.py
+
     scored = set(context.output.column("example_id"))
     sets = [context.input(position) for position in range(2, len(context.stage.inputs))]
     total = sum(examples.require().rows or 0 for examples in sets)

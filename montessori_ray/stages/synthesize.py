@@ -10,14 +10,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray.data
-from transformers import AutoTokenizer
 
 from montessori_ray.config import Sampling
 from montessori_ray.stages.base import StageContext
 from montessori_ray.stages.schemas import RESPONSES
+from montessori_ray.synthesis.client import GenerationRequest, PoolClient
 from montessori_ray.synthesis.instructions import KEPT, InstructionWriter
-from montessori_ray.synthesis.pool import GenerationRequest, PoolClient
 from montessori_ray.synthesis.prompts import prompt_style, render
 
 RESPONSES_A_BLOCK = 32
@@ -36,6 +34,8 @@ def synthesize_instructions(
         target: instructions to keep.
         learn_shots: later prompts show earlier generations too.
     """
+    from transformers import AutoTokenizer  # late: see stages/__init__.py
+
     settings = context.config.synthesize
     writer = InstructionWriter(
         settings, seeds=context.input(0).column("instruction"), name=name, stream=stream, target=target,
@@ -105,6 +105,8 @@ def synthesize_responses(context: StageContext) -> dict[str, Any]:
 
 def _stream(context: StageContext, skip: int, answer: Any) -> Iterator[pa.Table]:
     """Tables of answered instructions, in order; Ray Data bounds what is in flight."""
+    import ray.data  # late: see stages/__init__.py
+
     data_context = ray.data.DataContext.get_current()
     data_context.execution_options.preserve_order = True
     data_context.enable_progress_bars = False
@@ -129,6 +131,8 @@ def _answer(
     table: pa.Table, *, client: PoolClient, sampling: Sampling, seed: int, tokenizer_folder: str, concurrency: int
 ) -> pa.Table:
     """The block with the columns `response`, `finish_reason`, `num_tokens`."""
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     requests = []
     for row in table.to_pylist():

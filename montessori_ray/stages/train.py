@@ -6,7 +6,6 @@ from typing import Any
 
 from montessori_ray.config import Training
 from montessori_ray.stages.base import StageContext
-from montessori_ray.training.sft import fine_tune
 
 
 def warm_up(context: StageContext) -> dict[str, Any]:
@@ -20,6 +19,8 @@ def train_student(context: StageContext) -> dict[str, Any]:
 
 
 def _fine_tune(context: StageContext, training: Training, *, keep_optimizer: bool) -> dict[str, Any]:
+    from montessori_ray.training.sft import fine_tune  # late: see stages/__init__.py
+
     student = context.config.student
     with context.output.model_writer() as folder:
         return fine_tune(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from montessori_ray.stages.base import StageContext
-from montessori_ray.training.dpo import tune_teacher as tune
 
 
 def tune_teacher(context: StageContext) -> dict[str, Any]:
     """The tuned teacher, a directory vLLM loads; inputs are the teacher that wrote the pairs, and the pairs."""
+    from montessori_ray.training.dpo import tune_teacher as tune  # late: see stages/__init__.py
+
     with context.output.model_writer() as folder:
         return tune(
             model=context.model(0), pairs=context.input(1).part_paths(), output=str(folder),

@@ -15,11 +15,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypedDict, cast
 
+import deepspeed
 import fsspec
 import pyarrow.parquet as pq
 import ray.train
 import torch
 import torch.nn.functional as F
+import trl.trainer.utils
 from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -40,7 +42,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from montessori_ray.artifacts.storage import Storage
 from montessori_ray.config import TuneTeacher
 from montessori_ray.errors import DataError
-from montessori_ray.preferences import PreferencePair, split_by_prompt
+from montessori_ray.preferences import Pair, split_by_prompt
 from montessori_ray.telemetry.progress import ProgressChannel
 from montessori_ray.training.ray_train import run_training
 
@@ -84,7 +86,7 @@ def tune_teacher(
 
     Args:
         model: the teacher's folder; all nodes see it.
-        pairs: Parquet parts with the columns of `preferences.PreferencePair`.
+        pairs: Parquet parts with the columns of `preferences.Pair`.
         output: folder or URL for the tuned teacher: float32 weights, tokenizer and chat template, generation config.
         settings: DPO settings.
         seed: orders the pairs and decides which prompts are kept out for evaluation.
@@ -125,6 +127,9 @@ def dpo_loop(settings: dict[str, Any]) -> dict[str, Any]:
     `settings["dpo"]` is a `DpoSettings`; returns what `tune_teacher` does.
     """
     told: DpoSettings = settings["dpo"]
+    score_completions_only()
+    # Ray Train has initialized torch.distributed; DeepSpeed must know before a ZeRO 3 model counts ranks as it loads.
+    deepspeed.init_distributed()
     tokenizer = AutoTokenizer.from_pretrained(told.model, trust_remote_code=told.trust_remote_code)
     pairs = read_pairs(told.pairs)
     kept = drop_long_prompts(pairs, tokenizer, told.tuning.max_length)
@@ -158,18 +163,16 @@ def dpo_loop(settings: dict[str, Any]) -> dict[str, Any]:
 # -- pairs ----------------------------------------------------------------------------------------------------------
 
 
-def read_pairs(parts: Iterable[str]) -> list[PreferencePair]:
+def read_pairs(parts: Iterable[str]) -> list[Pair]:
     """The rows of Parquet parts (paths or URLs), in order."""
-    rows: list[PreferencePair] = []
+    rows: list[Pair] = []
     for part in parts:
         with fsspec.open(part, "rb") as file:
-            rows.extend(cast("list[PreferencePair]", pq.read_table(file).to_pylist()))
+            rows.extend(pq.read_table(file).to_pylist())
     return rows
 
 
-def drop_long_prompts(
-    pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[PreferencePair]:
+def drop_long_prompts(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Pair]:
     """Pairs whose prompt leaves room for at least one token of a completion.
 
     Raises:
@@ -185,13 +188,13 @@ def drop_long_prompts(
     return kept
 
 
-def tokenized(pairs: Iterable[PreferencePair], tokenizer: PreTrainedTokenizerBase, *, append_eos: bool) -> Dataset:
+def tokenized(pairs: Iterable[Pair], tokenizer: PreTrainedTokenizerBase, *, append_eos: bool) -> Dataset:
     """The pairs as token ids, in order; see `tokenize_pair`."""
     ending = [end_of_turn(tokenizer)] if append_eos else []
     return Dataset.from_list([dict(tokenize_pair(tokenizer, pair, ending)) for pair in pairs])
 
 
-def tokenize_pair(tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, ending: list[int]) -> TokenizedPair:
+def tokenize_pair(tokenizer: PreTrainedTokenizerBase, pair: Pair, ending: list[int]) -> TokenizedPair:
     """A pair as the token ids the teacher saw and wrote; `ending` is appended to both completions.
 
     The prompt is rendered already: no special token is added. A completion's ids are what follows the prompt's own in
@@ -284,6 +287,15 @@ class TeacherTrainer(DPOTrainer):
         return torch.tensor(dataset["ref_chosen_logps"][:]), torch.tensor(dataset["ref_rejected_logps"][:])
 
 
+def score_completions_only() -> None:
+    """Have TRL project completion tokens alone to the vocabulary on every device, as it does on GPUs.
+
+    On a CPU it projects the prompt too and throws the result away: 47 % of the training time of a 135M model with
+    prompts of 250 tokens (measured). The switch is a private name of the pinned TRL.
+    """
+    trl.trainer.utils._use_triton = lambda device: True  # type: ignore[attr-defined]
+
+
 def pair_metrics(
     chosen: torch.Tensor,
     rejected: torch.Tensor,
@@ -332,8 +344,8 @@ def training_arguments(tuning: TuneTeacher, folder: str, seed: int, *, num_pairs
         adam_epsilon=optimizer.eps,
         max_grad_norm=optimizer.max_grad_norm,
         lr_scheduler_type="warmup_stable_decay",
-        warmup_steps=int(tuning.warmup_ratio * steps),
-        lr_scheduler_kwargs={"num_decay_steps": int(tuning.decay_ratio * steps), "min_lr_ratio": 0.0},
+        warmup_steps=round(tuning.warmup_ratio * steps),
+        lr_scheduler_kwargs={"num_decay_steps": round(tuning.decay_ratio * steps), "min_lr_ratio": 0.0},
         # memory and precision
         gradient_checkpointing=tuning.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},

@@ -1,6 +1,6 @@
 """Ray Train runs: start one, wait for it so that Ctrl-C works, say in a sentence why it failed.
 
-    metrics = run_training(loop, settings, name="warm_up-1f2e", storage="/shared/run/train", workers=2, worker=resources)
+    metrics = run_training(loop, settings, name="warm_up-1f2e", storage="/run/train", workers=2, worker=resources)
 
 `loop(settings)` runs on every worker with `torch.distributed` set up (gloo, or nccl where workers have GPUs). A worker
 that dies, or a later call with the same name and storage, goes on from the last checkpoint given to
@@ -11,23 +11,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train import UserCallback
+from ray.train.torch import TorchConfig
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
+
+# What `ray.train` and `ray.train.torch` hand out at run time; type checkers find version 1 of them there.
+from ray.train.v2.api.config import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.result import Result
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from montessori_ray.config import WorkerResources
 from montessori_ray.errors import UserError
 
 Loop = Callable[[dict[str, Any]], dict[str, Any] | None]
 
-START_TIMEOUT_S = 600
-"""Seconds one attempt to place the workers may wait, with `max_failures` more attempts; Ray's own 60 is too short where
-several runs queue or nodes are being added, and its default of unlimited attempts hangs where they never come."""
+START_TIMEOUT_S = 300
+"""Seconds one attempt to place the workers may wait, with `max_failures` more attempts, where the environment does not
+set Ray's own variable. Ray's default is 60, too short where several runs queue or nodes are being added, and attempts
+without limit, which hangs where they never come."""
 
 POLL_S = 0.5
 """Seconds between looks at a run, for the driver (Ctrl-C) and for Ray Train's controller (its default is 2)."""
@@ -36,7 +43,7 @@ STOP_TIMEOUT_S = 20
 """Seconds a cancelled run may take to stop its workers before its process is killed."""
 
 
-class TrainingFailed(UserError):
+class TrainingFailed(UserError):  # noqa: N818 - what happened, as TrainingFailedError is Ray Train's own
     """A training run could not be placed or failed more often than allowed; the first cause in a sentence."""
 
 
@@ -127,8 +134,8 @@ def _fit(
 ) -> dict[str, Any]:
     """`TorchTrainer.fit` in a task: beside other runs, away from the driver's signal handlers, retried elsewhere if its
     node dies."""
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(START_TIMEOUT_S)
-    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = str(POLL_S)
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_S))
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_S))
     trainer = TorchTrainer(
         _run_loop,
         train_loop_config={"loop": loop, "settings": settings, "threads": None if worker.gpus else worker.threads},
@@ -141,11 +148,12 @@ def _fit(
             storage_path=storage,
             failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
+            callbacks=[_FailOnUserError()],
             worker_runtime_env={"env_vars": worker_environment(worker)},
         ),
     )
     try:
-        return trainer.fit().return_value or {}
+        return cast(Result, trainer.fit()).return_value or {}
     except TrainingFailedError as error:
         raise TrainingFailed(f"training {name} failed: {_first_cause(error, workers, worker)}") from None
 
@@ -167,30 +175,42 @@ def _run_loop(config: dict[str, Any]) -> dict[str, Any] | None:
     return loop(config["settings"])
 
 
+class _FailOnUserError(UserCallback):
+    """Ends a run when a worker finds a mistake of the user's, which would be the same at every attempt."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for failure in worker_exceptions.values():
+            cause = _unwrapped(failure)
+            if isinstance(cause, UserError):
+                raise cause
+
+
 def _first_cause(error: TrainingFailedError, workers: int, worker: WorkerResources) -> str:
     """What went wrong first, in a sentence."""
     if isinstance(error, ControllerError):
+        cause = error.controller_failure
+        if isinstance(cause, UserError):
+            return str(cause)
         resources = ", ".join(f"{amount:g} {kind}" for kind, amount in worker.bundle.items())
-        reason = str(error.controller_failure).split(". Potential causes")[0].splitlines()[0]
-        return f"{workers} workers of {resources} could not be started: {type(error.controller_failure).__name__}: {reason}"
+        reason = str(cause).split(". Potential causes")[0].splitlines()[0]
+        return f"{workers} workers of {resources} could not be started: {type(cause).__name__}: {reason}"
     assert isinstance(error, WorkerGroupError), error
-    rank, cause = min(error.worker_failures.items(), key=lambda item: (_is_collateral(_base(item[1])), item[0]))
-    cause = _base(cause)
-    if isinstance(cause, UserError):
-        return str(cause)
+    failures = [(rank, _unwrapped(failure)) for rank, failure in error.worker_failures.items()]
+    rank, cause = min(failures, key=lambda failure: (_is_collateral(failure[1]), failure[0]))
     if isinstance(cause, RayActorError):
         return f"worker {rank} of {workers} died (killed, out of memory, or its node was lost)"
-    message = str(cause).strip() or "no message"
-    return f"worker {rank} of {workers} raised {type(cause).__name__}: {message.splitlines()[0]}"
+    return f"worker {rank} of {workers} raised {type(cause).__name__}: {(str(cause).strip() or '-').splitlines()[0]}"
 
 
-def _base(failure: BaseException) -> BaseException:
-    """The exception the loop raised, out of Ray Train's wrapper (which has no public way to it; ray is pinned)."""
-    return getattr(failure, "_base_exc", failure)
+def _unwrapped(failure: Exception) -> Exception:
+    """The exception itself, out of Ray Train's wrappers (which are not public; the version is pinned)."""
+    if isinstance(failure, WorkerHealthCheckFailedError):
+        return failure.health_check_failure
+    return cast(Exception, failure._base_exc) if isinstance(failure, UserExceptionWithTraceback) else failure
 
 
-def _is_collateral(cause: BaseException) -> bool:
+def _is_collateral(cause: Exception) -> bool:
     """Whether an exception is what a collective raises because another rank is gone."""
-    return isinstance(cause, (RuntimeError, torch.distributed.DistError)) and any(
+    return isinstance(cause, RuntimeError) and any(
         sign in str(cause) for sign in ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo")
     )

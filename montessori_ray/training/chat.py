@@ -1,0 +1,151 @@
+"""Examples as token ids: the student's chat template around them, and which tokens are learned.
+
+The mask is found by token ids, never by searching text: the template rendered up to the opening of the assistant's turn
+gives the prompt's ids, the whole conversation must begin with exactly these, and what follows, up to and with the
+end-of-turn token, is the response.
+
+Shapes: B examples of a batch, L padded tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from montessori_ray.errors import ModelError
+
+IGNORED = -100
+"""Label of a token whose loss is not asked for; torch's cross entropy leaves it out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One example as token ids, and labels of the same length: the id itself on the response, -100 on the prompt."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def response_tokens(self) -> int:
+        """Tokens with a loss. 0 where the prompt alone fills `max_length`: such an example teaches nothing."""
+        return sum(label != IGNORED for label in self.labels)
+
+
+class ChatFormat:
+    """A tokenizer with the chat template and length limit of one student."""
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        """`tokenizer` must have a chat template; use `load`."""
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        # Right padding: positions of real tokens do not depend on the batch, and padding is never attended to.
+        self.pad_token_id: int = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        )
+
+    @staticmethod
+    def load(model: Path | str, chat_template: str | None, max_length: int) -> ChatFormat:
+        """The format of a model directory.
+
+        Args:
+            model: directory with a tokenizer.
+            chat_template: Jinja text or a path of a file with it; None takes the tokenizer's own.
+            max_length: tokens of a prompt and response; the end is cut off.
+
+        Raises:
+            ModelError: no tokenizer can be loaded, or there is no chat template.
+        """
+        return ChatFormat(load_tokenizer(model, chat_template), max_length)
+
+    def encode(self, instruction: str, response: str) -> Encoded:
+        """An instruction and its response as ids and labels, cut to `max_length`.
+
+        Raises:
+            ModelError: the template does not render a single turn, or renders a conversation that does not begin with
+                its own prompt, so that no token can be said to be the response's first.
+        """
+        turn = [{"role": "user", "content": instruction}]
+        prompt_ids = self._render(turn, add_generation_prompt=True)
+        ids = self._render([*turn, {"role": "assistant", "content": response}], add_generation_prompt=False)
+        start = len(prompt_ids)
+        if ids[:start] != prompt_ids:
+            raise ModelError(
+                "the chat template renders a conversation that does not begin with the same conversation up to the "
+                f"assistant's turn ({self.tokenizer.decode(prompt_ids)[-60:]!r}), so the response cannot be told from "
+                "the prompt: set student.chat_template to one that appends"
+            )
+        ids = ids[: _end_of_turn(ids, start, self.tokenizer.eos_token_id)]
+        labels = [IGNORED] * start + ids[start:]
+        return Encoded(ids[: self.max_length], labels[: self.max_length])
+
+    def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:
+        try:
+            ids: list[int] = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
+            )
+        except TemplateError as error:
+            raise ModelError(f"the chat template cannot render a user's turn and an answer: {error}") from None
+        return ids
+
+
+def _end_of_turn(ids: list[int], start: int, eos_id: int | None) -> int:
+    """Where the response ends: after its last end-of-turn token, or with the text if the template has none.
+
+    What templates put behind that token (a line break, mostly) is never generated: the sampler has stopped before it.
+    """
+    ends = [position for position in range(start, len(ids)) if ids[position] == eos_id]
+    return ends[-1] + 1 if ends else len(ids)
+
+
+def collate(encoded: Sequence[Encoded], pad_token_id: int) -> dict[str, Tensor]:
+    """A right-padded batch: `input_ids`, `attention_mask` and `labels`, each int64 (B, L)."""
+    length = max(len(example.input_ids) for example in encoded)
+    input_ids_BL = torch.full((len(encoded), length), pad_token_id)  # noqa: N806
+    attention_mask_BL = torch.zeros_like(input_ids_BL)  # noqa: N806
+    labels_BL = torch.full_like(input_ids_BL, IGNORED)  # noqa: N806
+    for row, example in enumerate(encoded):
+        size = len(example.input_ids)
+        input_ids_BL[row, :size] = torch.tensor(example.input_ids)
+        attention_mask_BL[row, :size] = 1
+        labels_BL[row, :size] = torch.tensor(example.labels)
+    return {"input_ids": input_ids_BL, "attention_mask": attention_mask_BL, "labels": labels_BL}
+
+
+def load_tokenizer(model: Path | str, chat_template: str | None) -> Any:
+    """The tokenizer of a model directory with a chat template (Jinja text, a path, or None for its own).
+
+    Raises:
+        ModelError: there is no tokenizer, or neither it nor `chat_template` is a chat template.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(model))
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"no tokenizer can be loaded from {model} ({reason}): save one there") from None
+    if chat_template is not None:
+        tokenizer.chat_template = _template_text(chat_template)
+    if tokenizer.chat_template is None:
+        raise ModelError(
+            f"the tokenizer in {model} has no chat template, as those of base models: take an instruct model, or set "
+            "student.chat_template to a Jinja template or a file with one"
+        )
+    return tokenizer
+
+
+def _template_text(chat_template: str) -> str:
+    """The template itself: text as given, or the content of the file it names."""
+    if "{" in chat_template:  # every template has a brace, a sensible path has none
+        return chat_template
+    try:
+        return Path(chat_template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(
+            f"student.chat_template {chat_template!r} is neither a Jinja template nor a readable file: {error}"
+        ) from None

@@ -1,0 +1,172 @@
+"""Scoring on a real Ray cluster: same rows whatever the groups, their size, or who is killed."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import ray
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from montessori_ray.config import Score
+from montessori_ray.influence.driver import score_examples
+from montessori_ray.influence.scorer import Scorer, join_alone
+from montessori_ray.telemetry.progress import ProgressChannel
+
+pytestmark = pytest.mark.slow
+
+WORDS = ["<pad>", "<user>", "<assistant>", "<end>", *(f"w{index}" for index in range(60))]
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+FORMAT: dict[str, Any] = {"chat_template": None, "max_length": 64}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200_000_000, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def text(seed: int, length: int) -> str:
+    words = torch.randint(4, len(WORDS), (length,), generator=torch.Generator().manual_seed(seed))
+    return " ".join(WORDS[word] for word in words)
+
+
+def rows(count: int, seed: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "example_id": f"e{index:03d}",
+            "prompt_id": f"p{index // 4}",
+            "instruction": text(seed + index, 3 + index % 7),
+            "response": text(seed + 500 + index, 4 + index % 5),
+        }
+        for index in range(count)
+    ]
+
+
+REFERENCE = rows(41, 10_000)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny warmed student with a tokenizer, moments, and shapes that no shard count divides."""
+    directory = tmp_path_factory.mktemp("student")
+    words = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<pad>"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>"]})
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(directory)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 30, "intermediate_size": 45, "num_hidden_layers": 2, "num_attention_heads": 5}
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=5, tie_word_embeddings=True, **sizes)  # type: ignore[arg-type]
+    )
+    model.save_pretrained(directory)
+    moments = {f"exp_avg.{name}": 1e-2 * torch.randn_like(value) for name, value in model.named_parameters()}
+    moments |= {f"exp_avg_sq.{name}": 1e-4 * torch.rand_like(value) for name, value in model.named_parameters()}
+    save_file({name: moment.detach() for name, moment in moments.items()}, directory / "optimizer.safetensors")
+    rule = {"step": 5, "learning_rate": 1e-3, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0.1}
+    (directory / "optimizer.json").write_text(json.dumps({**rule, "max_grad_norm": 0.7}))
+    return directory
+
+
+def score(
+    student: Path, examples: list[dict[str, Any]], storage: Path, kill_after: int | None = None, **settings: Any
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows in the order they came in, and the summary; SIGKILLs a worker once `kill_after` rows are in."""
+    result: list[dict[str, Any]] = []
+    killed: list[int] = []
+
+    def on_rows(new: list[dict[str, Any]]) -> None:
+        result.extend(new)
+        if kill_after is not None and len(result) >= kill_after and not killed:
+            killed.append(scoring_worker())
+            os.kill(killed[0], signal.SIGKILL)
+
+    summary = score_examples(
+        student=student,
+        examples=(examples[start : start + 10] for start in range(0, len(examples), 10)),
+        reference=REFERENCE,
+        on_rows=on_rows,
+        settings=Score(reference_tokens=64, **settings),
+        **FORMAT,
+        name="scoring",
+        storage=str(storage),
+        progress=ProgressChannel(),
+        total=len(examples),
+        done=0,
+    )
+    assert bool(killed) == (kill_after is not None)
+    return result, summary
+
+
+def scoring_worker() -> int:
+    """Process id of a worker that runs a scoring loop."""
+    for process in Path("/proc").glob("[0-9]*"):
+        if process.joinpath("cmdline").read_bytes().startswith(b"ray::RayTrainWorker"):
+            return int(process.name)
+    raise AssertionError("no Ray Train worker is running")
+
+
+def alone(student: Path, examples: list[dict[str, Any]], **settings: Any) -> dict[str, tuple[Any, ...]]:
+    """Scores computed in this process, last example first."""
+    torch.set_num_threads(1)
+    join_alone()
+    try:
+        scorer = Scorer(student, REFERENCE, Score(reference_tokens=64, **settings), **FORMAT, worker="here")  # type: ignore[arg-type]
+        return values([scorer.score(example).row() for example in reversed(examples)])
+    finally:
+        deepspeed.comm.destroy_process_group()
+
+
+def values(rows: list[dict[str, Any]]) -> dict[str, tuple[Any, ...]]:
+    """What a row says, without who computed it and how long that took."""
+    told = ("loss_before", "loss_after", "influence", "influence_se", "quarantine")
+    return {row["example_id"]: tuple(row[name] for name in told) for row in rows}
+
+
+def test_groups_and_leases_change_no_bit(student: Path, tmp_path: Path) -> None:
+    examples = rows(600, 0)  # enough for both groups to be up before the first one is done
+    examples[7]["response"] = " "
+    expected = alone(student, examples)
+    assert expected["e007"][-1] == "empty response"
+    two, summary = score(student, examples, tmp_path / "two", groups=2, lease_size=3)
+    assert len(two) == 600
+    assert values(two) == expected
+    assert {row["worker"].partition("@")[0] for row in two} == {"group-0", "group-1"}
+    assert (summary["points"], summary["quarantined"], summary["groups"]) == (600, 1, 2)
+    assert summary["null_step_loss"] == two[0]["loss_before"]
+    one, _ = score(student, examples[:50], tmp_path / "one", groups=1, lease_size=7)
+    assert values(one) == {row["example_id"]: expected[row["example_id"]] for row in examples[:50]}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_ranks_share_one_student(student: Path, tmp_path: Path, stage: int) -> None:
+    examples = rows(8, 0)
+    expected = alone(student, examples)
+    got, _ = score(student, examples, tmp_path, group_size=2, zero_stage=stage)
+    assert len(got) == 8
+    for example_id, (*numbers, _) in values(got).items():
+        assert numbers == pytest.approx(expected[example_id][:-1], abs=1e-5)
+
+
+def test_a_killed_worker_loses_and_doubles_nothing(student: Path, tmp_path: Path) -> None:
+    examples = rows(300, 0)
+    got, summary = score(student, examples, tmp_path, kill_after=1, groups=2, lease_size=5)
+    assert sorted(row["example_id"] for row in got) == [row["example_id"] for row in examples]
+    assert values(got) == alone(student, examples)
+    assert summary["points"] == 300

@@ -1,0 +1,162 @@
+"""Leases under random deaths, expiries and late commits: every example is drained exactly once."""
+
+from typing import Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
+
+from montessori_ray.influence.ledger import MAX_DEATHS, WAIT, Lease, Ledger
+
+GROUPS = ("a", "b", "c")
+TIMEOUT = 10.0
+
+
+class Clock:
+    """Time that passes when told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def examples(start: int, count: int) -> list[dict[str, Any]]:
+    return [{"example_id": f"e{index}"} for index in range(start, start + count)]
+
+
+def done(lease: Lease, by: str = "") -> list[dict[str, Any]]:
+    return [{"example_id": example["example_id"], "by": by} for example in lease.examples]
+
+
+def ids(lease: object) -> list[str]:
+    assert isinstance(lease, Lease)
+    return [example["example_id"] for example in lease.examples]
+
+
+def ledger_of(count: int, lease_size: int = 2) -> tuple[Ledger, Clock]:
+    clock = Clock()
+    ledger = Ledger(lease_size, TIMEOUT, clock)
+    ledger.extend(examples(0, count))
+    return ledger, clock
+
+
+def test_leases_go_out_in_order_and_end() -> None:
+    ledger, _ = ledger_of(3)
+    first, second = ledger.lease("a"), ledger.lease("b")
+    assert (ids(first), ids(second)) == (["e0", "e1"], ["e2"])
+    assert ledger.lease("a") is WAIT
+    ledger.complete()
+    for lease in (first, second):
+        assert isinstance(lease, Lease)
+        assert ledger.lease("a") is WAIT
+        ledger.commit(lease.id, done(lease))
+    assert ledger.lease("a") is None
+    assert [row["example_id"] for row in ledger.drain()] == ["e0", "e1", "e2"]
+    assert ledger.drain() == []
+
+
+def test_an_expired_lease_returns_to_the_front_and_the_first_result_wins() -> None:
+    ledger, clock = ledger_of(4)
+    slow = ledger.lease("a")
+    clock.now = TIMEOUT
+    again = ledger.lease("b")
+    assert ids(slow) == ids(again) == ["e0", "e1"]
+    assert isinstance(slow, Lease)
+    assert isinstance(again, Lease)
+    ledger.commit(slow.id, done(slow, "a"))
+    ledger.commit(again.id, done(again, "b"))
+    assert [row["by"] for row in ledger.drain()] == ["a", "a"]
+    assert ids(ledger.lease("b")) == ["e2", "e3"]
+
+
+def test_a_commit_postpones_the_deadline() -> None:
+    ledger, clock = ledger_of(2)
+    lease = ledger.lease("a")
+    assert isinstance(lease, Lease)
+    clock.now = TIMEOUT - 1
+    ledger.commit(lease.id, done(lease)[:1])
+    clock.now = TIMEOUT + 1
+    assert ledger.lease("b") is WAIT
+    clock.now = 2 * TIMEOUT
+    assert ids(ledger.lease("b")) == ["e1"]
+
+
+def test_a_dead_groups_leases_return_at_once() -> None:
+    ledger, _ = ledger_of(3)
+    lease = ledger.lease("a")
+    assert isinstance(lease, Lease)
+    ledger.commit(lease.id, done(lease)[:1])
+    ledger.release("a")
+    assert ids(ledger.lease("b")) == ["e1", "e2"]
+
+
+def test_an_example_that_kills_its_groups_is_given_up() -> None:
+    ledger, _ = ledger_of(3, lease_size=3)
+    for _ in range(MAX_DEATHS):
+        lease = ledger.lease("a")
+        ledger.release("a")
+    assert ids(lease) == ["e0", "e1", "e2"]
+    (row,) = ledger.drain()
+    assert (row["example_id"], row["influence"]) == ("e0", None)
+    assert "died 3 times" in row["quarantine"]
+    assert ids(ledger.lease("a")) == ["e1", "e2"]
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """Groups lease, commit in part, late or twice, die and hang, in any order."""
+
+    leases = Bundle("leases")
+
+    @initialize(lease_size=st.integers(1, 4))
+    def start(self, lease_size: int) -> None:
+        self.clock = Clock()
+        self.ledger = Ledger(lease_size, TIMEOUT, self.clock)
+        self.added = 0
+        self.drained: list[str] = []
+
+    @rule(count=st.integers(1, 5))
+    def extend(self, count: int) -> None:
+        self.ledger.extend(examples(self.added, count))
+        self.added += count
+
+    @rule(target=leases, group=st.sampled_from(GROUPS))
+    def lease(self, group: str) -> Any:
+        lease = self.ledger.lease(group)
+        return lease if isinstance(lease, Lease) else multiple()
+
+    @rule(lease=leases, part=st.slices(4))
+    def commit(self, lease: Lease, part: slice) -> None:
+        self.ledger.commit(lease.id, done(lease)[part])
+
+    @rule(group=st.sampled_from(GROUPS))
+    def die(self, group: str) -> None:
+        self.ledger.release(group)
+
+    @rule(seconds=st.floats(0, 2 * TIMEOUT))
+    def wait(self, seconds: float) -> None:
+        self.clock.now += seconds
+
+    @rule()
+    def drain(self) -> None:
+        self.drained += [row["example_id"] for row in self.ledger.drain()]
+
+    @invariant()
+    def nothing_twice_nothing_kept(self) -> None:
+        assert len(set(self.drained)) == len(self.drained)
+        assert len(self.drained) + len(self.ledger._finished) + self.ledger.open() == self.added
+
+    def teardown(self) -> None:
+        """One healthy group finishes what is left."""
+        self.ledger.complete()
+        self.clock.now += 2 * TIMEOUT
+        while isinstance(lease := self.ledger.lease("healthy"), Lease):
+            self.ledger.commit(lease.id, done(lease))
+        assert lease is None
+        self.drain()
+        assert sorted(self.drained) == sorted(row["example_id"] for row in examples(0, self.added))
+
+
+LedgerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None, derandomize=True)
+TestLedgerMachine = LedgerMachine.TestCase

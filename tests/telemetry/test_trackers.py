@@ -1,0 +1,68 @@
+"""Experiment trackers: what was logged is what TensorBoard shows; what is not installed is said."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from montessori_ray.config import Telemetry
+from montessori_ray.errors import ConfigError
+from montessori_ray.telemetry.trackers import open_tracker
+
+
+def read_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Tag -> (step, value), as TensorBoard itself reads them."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_curves_hold_every_point_under_stage_and_name(tmp_path: Path) -> None:
+    tracker = open_tracker(Telemetry(), str(tmp_path), {})
+    for step in range(1, 201):
+        tracker.log("iteration_00/warm_up", step, {"loss": 2 / step, "rate": step * 1e-7})
+    tracker.log("iteration_00/score", 64, {"influence": -0.25})
+    tracker.close()
+    curves = read_curves(tmp_path / "tensorboard")
+    assert set(curves) == {"iteration_00/warm_up/loss", "iteration_00/warm_up/rate", "iteration_00/score/influence"}
+    assert curves["iteration_00/score/influence"] == [(64, -0.25)]
+    for name, value in (("loss", lambda step: 2 / step), ("rate", lambda step: step * 1e-7)):
+        points = curves[f"iteration_00/warm_up/{name}"]
+        assert [step for step, _ in points] == list(range(1, 201))
+        assert all(math.isclose(shown, value(step), rel_tol=1e-6) for step, shown in points)
+
+
+def test_a_later_session_adds_to_the_curves(tmp_path: Path) -> None:
+    for step in (1, 2):
+        tracker = open_tracker(Telemetry(), str(tmp_path), {})
+        tracker.log("score", step, {"influence": float(step)})
+        tracker.close()
+    assert read_curves(tmp_path / "tensorboard") == {"score/influence": [(1, 1.0), (2, 2.0)]}
+
+
+def test_none_keeps_nothing(tmp_path: Path) -> None:
+    tracker = open_tracker(Telemetry(tracker="none"), str(tmp_path), {})
+    tracker.log("score", 1, {"influence": 0.5})
+    tracker.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_tracker_that_is_not_installed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: Literal["wandb", "mlflow"]
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda module, *rest: None if module == name else find_spec(module, *rest)
+    )
+    with pytest.raises(ConfigError) as caught:
+        open_tracker(Telemetry(tracker=name), str(tmp_path), {})
+    assert str(caught.value) == (
+        f"telemetry.tracker is {name}, which is not installed: pip install {name}, or choose tensorboard or none"
+    )
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,371 @@
+"""The settings: what loads, what is refused and in which words, what decides a result."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jinja2.sandbox
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from montessori_ray import config as config_module
+from montessori_ray.config import Config, Section, WorkerResources, content_settings, load_config
+from montessori_ray.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+MINIMAL: dict[str, Any] = {
+    "run": "runs/test",
+    "data": {"seeds": {"path": "seeds"}, "reference": {"path": "reference"}, "held_out": {"path": "held_out"}},
+    "teacher": {"model": "a-teacher"},
+    "student": {"model": "a-student"},
+}
+
+
+def write(folder: Path, tree: dict[str, Any], name: str = "config.yaml") -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    return write(tmp_path, MINIMAL)
+
+
+# -- loading --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_load(path: Path) -> None:
+    config = load_config(path)
+    # What a run writes into its directory is read back as the same settings.
+    assert Config.model_validate(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
+
+
+def test_the_quickstart_reads_the_shipped_data_from_any_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = load_config(CONFIGS / "quickstart.yaml").data
+    for file, name in ((data.seeds, "seeds"), (data.reference, "reference"), (data.held_out, "held_out")):
+        assert Path(file.path) == CONFIGS / "data" / f"{name}.jsonl"
+
+
+@pytest.mark.parametrize("student", ["tinyllama", "llama3_8b"])
+def test_paper_configs_hold_the_papers_settings(student: str) -> None:
+    """The table "Settings" of the paper and of the authors' configuration files, by number."""
+    config = load_config(CONFIGS / f"paper_{student}.yaml")
+    synthesize, tuning = config.synthesize, config.tune_teacher
+    assert (config.iterations, config.training_set) == (2, 10_000)
+    assert (synthesize.shots, synthesize.generated_shots, synthesize.n, synthesize.prompt_style) == (8, 2, 4, "paper")
+    for sampling, temperature in ((synthesize.instructions, 1.0), (synthesize.responses, 0.6)):
+        assert sampling.temperature == temperature
+        assert (sampling.top_p, sampling.presence_penalty, sampling.max_tokens) == (0.9, 1.0, 1024)
+    assert (synthesize.min_characters, synthesize.max_characters, synthesize.duplicate_rouge_l) == (6, 400, 0.7)
+    for training in (config.warm_up, config.train_student):
+        assert (training.optimizer.learning_rate, training.optimizer.weight_decay) == (5e-6, 0.0)
+        assert (training.epochs, training.batch_size) == (1, 32)
+    assert (config.warm_up.warmup_ratio, config.warm_up.decay_ratio) == (1.0, 0.0)
+    assert (config.train_student.warmup_ratio, config.train_student.decay_ratio) == (0.1, 0.4)
+    assert (tuning.optimizer.learning_rate, tuning.beta, tuning.epochs, tuning.batch_size) == (1e-6, 0.1, 1, 2)
+    assert (tuning.warmup_ratio, tuning.decay_ratio, tuning.max_length) == (0.1, 0.4, 1024)
+    assert (config.data.reference.rows, config.student.max_length) == (256, 1024)
+    assert (config.score.estimator, config.pair.rule, config.pair.margin_se) == ("exact", "all", 0.0)
+    assert config.teacher.model == "meta-llama/Meta-Llama-3-8B-Instruct"
+
+
+def test_paper_configs_differ_in_the_student_alone() -> None:
+    tiny, large = (load_config(CONFIGS / f"paper_{name}.yaml") for name in ("tinyllama", "llama3_8b"))
+    assert (tiny.student.model, large.student.model) == ("TinyLlama/TinyLlama_v1.1", "meta-llama/Meta-Llama-3-8B")
+    keys = tuple(key for key in Config.model_fields if key not in ("run", "student", "cluster"))
+    before, after = content_settings(tiny, keys), content_settings(large, keys)
+    changed = {key for key in before if before[key] != after[key]}
+    assert changed <= {f"{section}.{key}" for section in ("warm_up", "train_student") for key in SHARDING}
+
+
+SHARDING = ("zero_stage", "gradient_checkpointing")
+"""Settings that change how a training is computed, its result by rounding only."""
+
+
+def test_paper_configs_fit_a_node_of_eight_gpus() -> None:
+    for student in ("tinyllama", "llama3_8b"):
+        config = load_config(CONFIGS / f"paper_{student}.yaml")
+        score = config.score
+        workers: list[tuple[WorkerResources, int]] = [
+            (config.pool.worker, config.pool.replicas),
+            (score.worker, score.groups * score.group_size),
+            *((part.worker, part.workers) for part in (config.warm_up, config.tune_teacher, config.train_student)),
+        ]
+        assert all(worker.gpus * count <= 8 for worker, count in workers)
+
+
+def test_seeds_and_held_out_rows_of_the_paper_configs_do_not_overlap() -> None:
+    data = load_config(CONFIGS / "paper_tinyllama.yaml").data
+    assert data.seeds.path == data.held_out.path
+    assert data.seeds.rows is not None
+    assert data.seeds.start + data.seeds.rows <= data.held_out.start
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ("paper_tinyllama", "<s>### Instruction:\nHi?\n\n### Response:\nYes.</s>"),
+        ("quickstart", "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n"),
+    ],
+)
+def test_shipped_chat_templates_render(config: str, expected: str) -> None:
+    """The prompt is a prefix of the whole text, which the mask of the response needs."""
+    source = load_config(CONFIGS / f"{config}.yaml").student.chat_template
+    assert source is not None
+    # As transformers compiles chat templates.
+    template = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(source)
+    chat = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
+    marks = {"bos_token": "<s>", "eos_token": "</s>"}
+    whole = template.render(messages=chat, add_generation_prompt=False, **marks)
+    prompt = template.render(messages=chat[:1], add_generation_prompt=True, **marks)
+    assert whole == expected
+    assert whole.startswith(prompt)
+    assert whole[len(prompt) :].startswith("Yes.")
+
+
+# -- extends and overrides ------------------------------------------------------------------------------------------
+
+
+def test_extends_merges_sections_key_by_key(tmp_path: Path) -> None:
+    base = MINIMAL | {"score": {"lease_size": 3, "groups": 2}, "student": {"model": "x", "drop_layers": [1, 2]}}
+    write(tmp_path, base, "base.yaml")
+    path = write(
+        tmp_path, {"extends": "base.yaml", "score": {"groups": 5}, "student": {"drop_layers": [7]}, "iterations": 3}
+    )
+    config = load_config(path)
+    assert (config.score.lease_size, config.score.groups) == (3, 5)
+    assert (config.student.model, config.student.drop_layers) == ("x", (7,))
+    assert config.iterations == 3
+
+
+def test_extends_over_two_levels_and_folders_resolves_data_beside_the_file_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far/seeds.jsonl").touch()
+    (tmp_path / "held_out.jsonl").touch()
+    far = MINIMAL["data"] | {"seeds": {"path": "seeds.jsonl"}}
+    write(tmp_path, MINIMAL | {"data": far}, "far/base.yaml")
+    write(tmp_path, {"extends": "far/base.yaml", "data": {"held_out": {"path": "held_out.jsonl"}}}, "middle.yaml")
+    data = load_config(write(tmp_path, {"extends": "middle.yaml", "seed": 4})).data
+    assert data.seeds.path == str((tmp_path / "far/seeds.jsonl").resolve())
+    assert data.held_out.path == str((tmp_path / "held_out.jsonl").resolve())
+    assert data.reference.path == "reference", "a name that is no file beside the config stays: it may be on the Hub"
+
+
+def test_extends_cycle_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, {"extends": "b.yaml"}, "a.yaml")
+    write(tmp_path, {"extends": "a.yaml"}, "b.yaml")
+    with pytest.raises(ConfigError, match=r"a\.yaml extends itself: .*a\.yaml -> .*b\.yaml"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_extends_of_a_missing_file_names_that_file(tmp_path: Path) -> None:
+    path = write(tmp_path, {"extends": "absent.yaml"})
+    with pytest.raises(ConfigError, match=r"no config file at .*absent\.yaml"):
+        load_config(path)
+
+
+def test_overrides_are_dotted_and_typed_as_yaml(minimal: Path) -> None:
+    config = load_config(
+        minimal,
+        [
+            "score.baseline=warmed",
+            "score.learning_rate=1e-4",
+            "student.drop_layers=[3, 4]",
+            "evaluate={fresh: 0}",
+            "data.reference.rows=null",
+            "pool.worker.gpus=0.5",
+            "run=s3://bucket/a=b",
+        ],
+    )
+    assert (config.score.baseline, config.score.learning_rate) == ("warmed", 1e-4)
+    assert config.student.drop_layers == (3, 4)
+    assert config.evaluate.fresh == 0
+    assert config.data.reference.rows is None
+    assert config.pool.worker.gpus == 0.5
+    assert config.run == "s3://bucket/a=b"
+
+
+def test_later_overrides_win_and_stand_above_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL | {"seed": 1})
+    assert load_config(path, ["seed=2", "seed=3"]).seed == 3
+
+
+# -- what is refused ------------------------------------------------------------------------------------------------
+
+
+def test_missing_file_says_where_to_start(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no config file at .*absent\.yaml; configs/quickstart\.yaml"):
+        load_config(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"run: [unclosed", "cannot read .* as YAML"),
+        (b"run: \xff\xfe", "cannot read .* as YAML"),
+        (b"- a\n- list", "holds list, expected a mapping"),
+        (b"", "holds NoneType, expected a mapping"),
+    ],
+)
+def test_unreadable_files_are_refused(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=said):
+        load_config(path)
+
+
+def test_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("iteration=2", "unknown key iteration"),
+        ("score.baselin=warmed", r"unknown key score\.baselin"),
+        ("synthesize.instructions.topp=0.5", r"unknown key synthesize\.instructions\.topp"),
+        ("data.validation.path=x", r"unknown key data\.validation"),
+        ("iterations=many", "iterations is 'many': .*integer"),
+        ("iterations=0", "iterations is 0: .*greater than or equal to 1"),
+        ("score.baseline=median", "score.baseline is 'median': .*'null_step' or 'warmed'"),
+        ("pool=3", "pool is 3"),
+        ("pool.worker.gpus=-1", r"pool\.worker\.gpus is -1"),
+        ("synthesize.duplicate_rouge_l=1.5", r"synthesize\.duplicate_rouge_l is 1\.5"),
+        ("student.drop_layers=[a]", r"student\.drop_layers\.0 is 'a'"),
+        ("warm_up.optimizer.learning_rate=0", r"warm_up\.optimizer\.learning_rate is 0"),
+        ("synthesize.n=1", r"synthesize\.n is 1: a pair needs two instructions .* set n >= 2"),
+        ("synthesize.generated_shots=9", r"synthesize\.generated_shots is larger than synthesize\.shots"),
+        ("synthesize.responses.max_tokens=4096", r"synthesize\.responses\.max_tokens leaves no room .* 4096"),
+        ("pool.max_model_len=1024", r"synthesize\.instructions\.max_tokens leaves no room .* 1024"),
+        ("warm_up.micro_batch_size=5", "warm_up: batch_size 32 is not a multiple of micro_batch_size x workers = 5"),
+        ("train_student.workers=3", "batch_size 32 is not a multiple of micro_batch_size x workers = 12"),
+        ("tune_teacher.workers=2", "batch_size 2 is not a multiple of micro_batch_size x workers = 4"),
+        ("train_student.decay_ratio=0.95", r"train_student: warmup_ratio \+ decay_ratio is above 1"),
+        ("seed.part=1", "override 'seed.part=1': seed is a value, not a section"),
+        ("seed", "override 'seed' is not of the form section.key=value"),
+        ("=3", "override '=3' is not of the form section.key=value"),
+        ("seed=[1", r"override 'seed=\[1': the value is not YAML"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(tmp_path: Path, override: str, said: str) -> None:
+    path = write(tmp_path, MINIMAL | {"seed": 0})
+    with pytest.raises(ConfigError, match=said):
+        load_config(path, [override])
+
+
+def test_message_begins_with_the_file_and_lists_every_finding(tmp_path: Path) -> None:
+    path = write(tmp_path, {key: value for key, value in MINIMAL.items() if key != "teacher"} | {"sed": 1})
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["iterations=x"])
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    for finding in ("teacher is required", "unknown key sed", "iterations is 'x'"):
+        assert finding in message
+
+
+@pytest.mark.xfail(strict=True, reason="config._read_tree: AttributeError and TypeError instead of ConfigError")
+@pytest.mark.parametrize("tree", [{"extends": 3}, {"data": "a file"}, {"data": ["a", "b"]}, {"extends": ["a", "b"]}])
+def test_sections_of_the_wrong_kind_are_refused(tmp_path: Path, tree: dict[str, Any]) -> None:
+    path = write(tmp_path, MINIMAL | tree)
+    with pytest.raises(ConfigError):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [".nan", pytest.param(".inf", marks=pytest.mark.xfail(strict=True, reason="Section needs allow_inf_nan=False"))],
+)
+def test_numbers_that_are_none_are_refused(minimal: Path, value: str) -> None:
+    with pytest.raises(ConfigError, match=r"warm_up\.optimizer\.learning_rate"):
+        load_config(minimal, [f"warm_up.optimizer.learning_rate={value}"])
+
+
+@pytest.mark.xfail(strict=True, reason="config.Count takes `true` as 1; it needs strict=True")
+def test_truth_values_are_not_numbers(minimal: Path) -> None:
+    with pytest.raises(ConfigError, match="iterations"):
+        load_config(minimal, ["iterations=true"])
+
+
+def test_settings_cannot_be_changed_after_loading(minimal: Path) -> None:
+    config = load_config(minimal)
+    with pytest.raises(ValidationError):
+        config.seed = 1  # type: ignore[misc]
+
+
+# -- what decides a result ------------------------------------------------------------------------------------------
+
+
+def sections(section: type[Section] = Section) -> Iterator[type[Section]]:
+    for below in section.__subclasses__():
+        yield below
+        yield from sections(below)
+
+
+ALL_SECTIONS = sorted(set(sections()), key=lambda section: section.__name__)
+
+
+@pytest.mark.parametrize("section", ALL_SECTIONS, ids=lambda section: section.__name__)
+def test_every_field_is_documented(section: type[Section]) -> None:
+    assert section.__doc__
+    for name, field in section.model_fields.items():
+        is_section = inspect.isclass(field.annotation) and issubclass(field.annotation, Section)
+        assert field.description or is_section, f"{section.__name__}.{name} has no docstring"
+
+
+@pytest.mark.parametrize("section", ALL_SECTIONS, ids=lambda section: section.__name__)
+def test_speed_only_names_fields_that_exist(section: type[Section]) -> None:
+    assert section.speed_only <= section.model_fields.keys()
+
+
+def test_all_sections_are_those_of_the_module() -> None:
+    defined = {item for item in vars(config_module).values() if inspect.isclass(item) and issubclass(item, Section)}
+    assert defined - {Section} == set(ALL_SECTIONS)
+
+
+def test_content_settings_are_dotted_leaves_without_what_only_decides_speed(minimal: Path) -> None:
+    config = load_config(minimal, ["student.drop_layers=[1]"])
+    assert content_settings(config, ("score", "seed", "student.drop_layers", "pair")) == {
+        "score.estimator": "exact",
+        "score.baseline": "null_step",
+        "score.learning_rate": None,
+        "seed": 0,
+        "student.drop_layers": [1],
+        "pair.rule": "all",
+        "pair.margin_se": 0.0,
+        "pair.max_pairs": None,
+    }
+
+
+def test_content_settings_go_down_into_sections(minimal: Path) -> None:
+    settings = content_settings(load_config(minimal), ("tune_teacher", "synthesize"))
+    assert settings["tune_teacher.optimizer.learning_rate"] == 1e-6
+    assert settings["tune_teacher.optimizer.betas"] == [0.9, 0.999]
+    assert settings["synthesize.responses.temperature"] == 0.6
+    assert not {"synthesize.commit_prompts", "tune_teacher.checkpoint_steps"} & settings.keys()
+    assert not any(key.startswith("tune_teacher.worker.") for key in settings)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["score.groups=4", "score.worker.gpus=1", "score.reference_tokens=9", "synthesize.commit_prompts=1"],
+)
+def test_faster_or_elsewhere_is_the_same_work(minimal: Path, override: str) -> None:
+    keys = ("score", "synthesize")
+    assert content_settings(load_config(minimal), keys) == content_settings(load_config(minimal, [override]), keys)
+
+
+def test_workers_ask_for_what_is_not_zero() -> None:
+    assert WorkerResources(cpus=2, gpus=0).bundle == {"CPU": 2}
+    assert WorkerResources(cpus=0, gpus=0.5).bundle == {"GPU": 0.5}
+    assert [WorkerResources(cpus=cpus).threads for cpus in (0, 0.5, 1, 2.5, 8)] == [1, 1, 1, 2, 8]

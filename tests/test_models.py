@@ -1,0 +1,148 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+from montessori_ray.errors import ModelError
+from montessori_ray.models import check_model, model_digest, prune_layers, resolve_model
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] }} </s>{% endfor %}"
+SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+CONFIGS = [
+    LlamaConfig(vocab_size=8, num_hidden_layers=5, max_position_embeddings=64, tie_word_embeddings=True, **SMALL),
+    Qwen3Config(
+        vocab_size=8, num_hidden_layers=5, max_position_embeddings=64, head_dim=8, sliding_window=4, **SMALL,
+        use_sliding_window=True, max_window_layers=2,
+    ),  # its layers differ in type
+    GPT2Config(vocab_size=8, n_layer=5, n_embd=16, n_head=2, n_positions=64),
+]  # fmt: skip
+
+
+def save_model(folder: Path, config=CONFIGS[0], template: str | None = TEMPLATE) -> Path:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    raw = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2, "b": 3}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
+def test_pruned_model_computes_what_is_left(tmp_path, config):
+    folder = save_model(tmp_path / "whole", config)
+    prune_layers(folder, [1, 3], tmp_path / "pruned")
+
+    # Independently: a layer is out if the residual stream passes by it.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    stack = model.transformer.h if config.model_type == "gpt2" else model.model.layers
+    for index in (1, 3):
+        stack[index].forward = lambda hidden_states, *args, **kwargs: hidden_states
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()
+    tokens = torch.tensor([[2, 3, 2, 2, 3, 1, 4, 5]])
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(tokens).logits, model(tokens, use_cache=False).logits)
+    assert pruned.dtype == torch.float32
+    assert pruned.config.num_hidden_layers == 3
+
+    # The cache has one slot a layer, so generation needs the layers numbered anew.
+    cached = pruned.generate(tokens, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    plain = pruned.generate(tokens, max_new_tokens=4, do_sample=False, pad_token_id=0, use_cache=False)
+    assert torch.equal(cached, plain)
+    assert AutoTokenizer.from_pretrained(tmp_path / "pruned").chat_template == TEMPLATE
+
+
+def test_impossible_layers_are_refused(tmp_path):
+    folder = save_model(tmp_path / "whole")
+    with pytest.raises(ModelError, match=r"has layers 0 to 4; drop_layers names \[5, 9\]"):
+        prune_layers(folder, [1, 5, 9], tmp_path / "pruned")
+    with pytest.raises(ModelError, match="leave at least one"):
+        prune_layers(folder, range(5), tmp_path / "pruned")
+
+
+def test_a_good_model_passes(tmp_path):
+    check_model(save_model(tmp_path), role="student", chat_template=None, context=64)
+
+
+def test_what_is_missing_is_named(tmp_path):
+    def check(folder: Path, context: int = 64, template: str | None = None) -> None:
+        check_model(folder, role="student", chat_template=template, context=context)
+
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        check(tmp_path)
+    with pytest.raises(ModelError, match=r"context of 64 tokens, student\.max_length is 65"):
+        check(save_model(tmp_path / "short"), context=65)
+    base = save_model(tmp_path / "base", template=None)
+    check(base, template=TEMPLATE)
+    with pytest.raises(ModelError, match="no chat template"):
+        check(base)
+    no_tokenizer = save_model(tmp_path / "no_tokenizer")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (no_tokenizer / name).unlink()
+    with pytest.raises(ModelError, match="no tokenizer"):
+        check(no_tokenizer)
+
+
+def test_missing_and_damaged_weights_are_named(tmp_path):
+    def check(folder: Path) -> None:
+        check_model(folder, role="teacher", chat_template=None, context=64)
+
+    folder = save_model(tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"model\.safetensors is damaged"):
+        check(folder)
+    weights.unlink()
+    with pytest.raises(ModelError, match=r"teacher in .* has no weights"):
+        check(folder)
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=r"model-00001-of-00002\.safetensors"):
+        check(folder)
+
+
+def test_digest_follows_content_not_cards(tmp_path):
+    first, second = save_model(tmp_path / "first"), save_model(tmp_path / "second")
+    (second / "README.md").write_text("about it")
+    assert model_digest(first) == model_digest(second)
+    (second / "config.json").write_text((second / "config.json").read_text() + "\n")
+    assert model_digest(first) != model_digest(second)
+
+
+def test_names_that_lead_nowhere(tmp_path, monkeypatch):
+    assert resolve_model(str(tmp_path)) == tmp_path.resolve()
+    with pytest.raises(ModelError, match="no model directory at /no/such/model"):
+        resolve_model("/no/such/model")
+    with pytest.raises(ModelError, match="no embedded model is called"):
+        resolve_model("embedded:gpt-9")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelError, match="cannot be had from the Hugging Face Hub"):
+        resolve_model("not a/valid name")
+
+
+@pytest.mark.slow
+def test_embedded_model_is_unpacked_once_and_answers(tmp_path):
+    folder = resolve_model("embedded:smollm2-135m-instruct", tmp_path)
+    check_model(folder, role="teacher", chat_template=None, context=4096)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    turn = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
+
+    changed = folder.stat().st_mtime_ns
+    assert resolve_model("embedded:smollm2-135m-instruct", tmp_path) == folder
+    assert folder.stat().st_mtime_ns == changed
+    assert [entry.name for entry in tmp_path.iterdir()] == [folder.name]

@@ -1,0 +1,103 @@
+"""Which examples go where: whole few-shot prompts, or the paper's plain cut."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from montessori_ray.stages.split import split_examples, usable
+
+Row = dict[str, Any]
+
+
+def rows_of(sizes: list[int]) -> list[Row]:
+    """Prompts with so many examples each, one behind the other."""
+    return [
+        {"example_id": f"p{prompt}-{number}", "prompt_id": f"p{prompt}"}
+        for prompt, size in enumerate(sizes)
+        for number in range(size)
+    ]
+
+
+def prompts_in(ids: list[str]) -> set[str]:
+    return {example_id.split("-")[0] for example_id in ids}
+
+
+prompt_sizes = st.lists(st.integers(1, 4), max_size=30)
+
+
+@settings(deadline=None)
+@given(prompt_sizes, st.integers(1, 30), st.integers(1, 30))
+def test_by_prompt_no_prompt_is_in_both_sets_or_cut(sizes: list[int], first: int, second: int) -> None:
+    rows = rows_of(sizes)
+    one, two = split_examples(rows, first=first, second=second, by_prompt=True)
+    assert not prompts_in(one) & prompts_in(two)
+    taken = prompts_in(one) | prompts_in(two)
+    assert one + two == [row["example_id"] for row in rows if row["prompt_id"] in taken]
+
+
+@settings(deadline=None)
+@given(prompt_sizes, st.integers(1, 30), st.integers(1, 30))
+def test_by_prompt_a_set_has_its_size_and_less_than_one_prompt_more(sizes: list[int], first: int, second: int) -> None:
+    one, two = split_examples(rows_of(sizes), first=first, second=second, by_prompt=True)
+    if sum(sizes) >= first + second + 6:  # enough even if a prompt of 4 sticks out of both
+        assert first <= len(one) <= first + 3
+        assert second <= len(two) <= second + 3
+    assert len(one) >= min(first, sum(sizes))
+
+
+@settings(deadline=None)
+@given(prompt_sizes, st.integers(1, 30), st.integers(1, 30))
+def test_by_example_the_cut_is_the_papers(sizes: list[int], first: int, second: int) -> None:
+    """The first W examples warm the student up, the next P are probed."""
+    rows = rows_of(sizes)
+    one, two = split_examples(rows, first=first, second=second, by_prompt=False)
+    ids = [row["example_id"] for row in rows]
+    assert one == ids[:first]
+    assert two == ids[first : first + second]
+
+
+def test_a_prompt_on_the_border() -> None:
+    rows = rows_of([3, 3, 3, 3])
+    assert [len(ids) for ids in split_examples(rows, first=4, second=3, by_prompt=True)] == [6, 3]
+    assert [len(ids) for ids in split_examples(rows, first=4, second=3, by_prompt=False)] == [4, 3]
+    assert [len(ids) for ids in split_examples(rows, first=6, second=1, by_prompt=True)] == [6, 3]
+
+
+def test_too_few_rows_fill_the_first_set_first() -> None:
+    assert split_examples(rows_of([2]), first=9, second=9, by_prompt=True) == (["p0-0", "p0-1"], [])
+    assert split_examples(rows_of([2]), first=1, second=9, by_prompt=False) == (["p0-0"], ["p0-1"])
+    assert split_examples([], first=1, second=1, by_prompt=True) == ([], [])
+
+
+@pytest.mark.parametrize("by_prompt", [True, False])
+def test_rows_are_read_once_and_at_most_a_prompt_too_far(by_prompt: bool) -> None:
+    rows = iter(rows_of([2] * 10))
+    split_examples(rows, first=4, second=4, by_prompt=by_prompt)
+    assert len(list(rows)) >= 20 - (4 + 4 + 2 + 1)
+
+
+@settings(deadline=None)
+@given(prompt_sizes.filter(bool))
+def test_both_sets_keep_the_order_of_the_rows(sizes: list[int]) -> None:
+    rows = rows_of(sizes)
+    for ids in split_examples(rows, first=3, second=3, by_prompt=True):
+        prompts = [prompt for prompt, _ in groupby(ids, key=lambda example_id: example_id.split("-")[0])]
+        assert len(prompts) == len(set(prompts))
+
+
+ANSWERS: list[Row] = [
+    {"example_id": "whole", "response": "Seven.", "finish_reason": "stop"},
+    {"example_id": "cut", "response": "Seven and", "finish_reason": "length"},
+    {"example_id": "empty", "response": "", "finish_reason": "stop"},
+    {"example_id": "none", "response": None, "finish_reason": "stop"},
+]
+
+
+@pytest.mark.parametrize(("drop_truncated", "kept"), [(False, ["whole", "cut"]), (True, ["whole"])])
+def test_usable_rows_have_a_response(drop_truncated: bool, kept: list[str]) -> None:
+    assert [row["example_id"] for row in usable(ANSWERS, drop_truncated=drop_truncated)] == kept
