@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, ParamSpec
 
 import typer
+import yaml
 from rich import box
 from rich.console import Console as RichConsole
 from rich.table import Table
@@ -20,7 +21,7 @@ from rich.text import Text
 from montessori_ray import loop
 from montessori_ray.cluster import cluster_nodes, connected, require_room, say_bundles, this_machine
 from montessori_ray.config import Config, load_config
-from montessori_ray.errors import UserError
+from montessori_ray.errors import RunError, UserError
 from montessori_ray.session import open_run
 from montessori_ray.telemetry.console import clock, stage_table
 from montessori_ray.telemetry.events import read_events
@@ -129,7 +130,9 @@ def stages(
 def status(directory: Annotated[str, typer.Argument(metavar="RUN", help="the run directory")]) -> None:
     """Where a run stands, read from its directory: works from any shell, while it runs and after."""
     artifacts = open_run(directory)
-    settings = load_config(Path(artifacts.storage.path("config.yaml")))
+    if not artifacts.storage.exists("config.yaml"):
+        raise RunError(f"{artifacts.root} is not a run directory: it has no config.yaml")
+    settings = Config.model_validate(yaml.safe_load(artifacts.storage.read("config.yaml")))
     listed = [(stage, artifacts.artifact(stage.output).manifest()) for stage in loop.stages_of(settings)]
     RichConsole(soft_wrap=True).print(stage_table([(stage, manifest) for stage, manifest in listed if manifest]))
     todo = [stage.name for stage, manifest in listed if manifest is None]

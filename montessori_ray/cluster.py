@@ -68,16 +68,22 @@ def unplaceable(bundles: Sequence[Bundle], nodes: Sequence[Bundle]) -> Bundle | 
     First fit of the largest is what a packing scheduler does; it may miss a packing that exists only for odd mixes of
     sizes, and a run asks for bundles of one or two sizes.
     """
-    free = [dict(node) for node in nodes]
+    free = [_exact(node) for node in nodes]
     for bundle in sorted(bundles, key=lambda b: (b.get("GPU", 0), b.get("CPU", 0)), reverse=True):
+        asked = _exact(bundle)
         for node in free:
-            if all(node.get(name, 0) >= amount for name, amount in bundle.items()):
-                for name, amount in bundle.items():
+            if all(node.get(name, 0) >= amount for name, amount in asked.items()):
+                for name, amount in asked.items():
                     node[name] -= amount
                 break
         else:
             return bundle
     return None
+
+
+def _exact(bundle: Bundle) -> dict[str, int]:
+    """Amounts in ten-thousandths, as Ray itself counts: 20 x 0.05 GPU is one GPU, which sums of floats miss."""
+    return {name: round(amount * 10_000) for name, amount in bundle.items()}
 
 
 def require_room(stage: str, bundles: Sequence[Bundle], nodes: Sequence[Bundle]) -> None:

@@ -18,14 +18,14 @@ from montessori_ray.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, strict=True)]
 ZeroStage = Literal[0, 1, 2, 3]
 
 
 class Section(BaseModel):
     """A node of the tree: immutable, no unknown keys, field docstrings are the documentation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     speed_only: ClassVar[frozenset[str]] = frozenset()
     """Fields that decide how fast or where a result is made, not what it is: a run may be continued with others."""
@@ -491,11 +491,16 @@ def _read_tree(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{path} holds {type(tree).__name__}, expected a mapping of settings")
     _resolve_data_paths(tree, path.parent)
     base = tree.pop("extends", None)
-    return tree if base is None else _merge(_read_tree(path.parent / base, (*below, path.resolve())), tree)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: extends is {base!r}, expected the name of one YAML file")
+    return _merge(_read_tree(path.parent / base, (*below, path.resolve())), tree)
 
 
 def _resolve_data_paths(tree: dict[str, Any], folder: Path) -> None:
-    for section in (tree.get("data") or {}).values():
+    sections = tree.get("data")
+    for section in sections.values() if isinstance(sections, dict) else ():
         if isinstance(section, dict) and isinstance(section.get("path"), str):
             beside = folder / section["path"]
             section["path"] = str(beside.resolve()) if beside.exists() else section["path"]

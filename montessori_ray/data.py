@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset
 
 from montessori_ray.config import DataFile
@@ -14,6 +16,8 @@ from montessori_ray.errors import DataError
 
 READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".arrow": "arrow"}
 """File ending -> 🤗 Datasets reader."""
+
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else every read of a local file sends a request to the Hub
 
 
 def read_rows(role: str, file: DataFile, *, needs_response: bool) -> Iterator[dict[str, Any]]:
@@ -34,18 +38,28 @@ def read_rows(role: str, file: DataFile, *, needs_response: bool) -> Iterator[di
         raise DataError(f"data.{role}: {file.path} has {len(table)} rows, none from row {file.start} on")
     for number in range(file.start, stop):
         row = table[number]
-        instruction = (row[file.instruction] or "").strip()
-        extra = (row[file.input] or "").strip() if file.input else ""
-        response = (row[file.response] or "").strip() if file.response else None
+        where = f"data.{role}: row {number} of {file.path}"
+        instruction = _text(where, row, file.instruction)
+        extra = _text(where, row, file.input) if file.input else ""
+        response = _text(where, row, file.response) if file.response else None
         if not instruction or (needs_response and not response):
             missing = file.response if instruction else file.instruction
-            raise DataError(f"data.{role}: row {number} of {file.path} has an empty {missing!r}; remove or fill it")
+            raise DataError(f"{where} has an empty {missing!r}; remove or fill it")
+        category = row[file.category] if file.category else None
         yield {
             "example_id": f"{role}-{number:06d}",
             "instruction": f"{instruction}\n\n{extra}" if extra else instruction,
             "response": response,
-            "category": row[file.category] if file.category else None,
+            "category": None if category is None else str(category),
         }
+
+
+def _text(where: str, row: dict[str, Any], column: str) -> str:
+    """A cell without white space around it; empty for none."""
+    cell = row[column]
+    if cell is None or isinstance(cell, str):
+        return (cell or "").strip()
+    raise DataError(f"{where} has a {type(cell).__name__} in {column!r}, expected text")
 
 
 def require_disjoint(name: str, rows: list[str], other_name: str, other_rows: list[str]) -> None:
@@ -79,12 +93,21 @@ def _open(role: str, file: DataFile) -> Dataset:
         files = [name for name in files if Path(name).suffix in READERS]
         if not files:
             raise DataError(f"data.{role}: {file.path} holds no {', '.join(READERS)} file")
+        if path.exists() and all(_is_empty(name) for name in files):
+            raise DataError(f"data.{role}: {file.path} is empty: it has 0 rows, none from row {file.start} on")
         return load_dataset(READERS[Path(files[0]).suffix], data_files=files, split="train")
     except DataError:
         raise
     except Exception as error:  # Datasets wraps what readers raise in types of its own; all mean the same here
         cause = error.__cause__ or error
         raise DataError(f"data.{role}: cannot read {file.path}: {type(cause).__name__}: {cause}") from error
+
+
+def _is_empty(name: str) -> bool:
+    """Whether a local file has no row, as far as can be told without reading it; Datasets' own words are obscure."""
+    if not Path(name).stat().st_size:
+        return True
+    return Path(name).suffix == ".parquet" and pq.read_metadata(name).num_rows == 0
 
 
 def _require_columns(role: str, file: DataFile, table: Dataset, needs_response: bool) -> None:

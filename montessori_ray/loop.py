@@ -6,7 +6,7 @@ the same call starts a run, continues a killed one, and shows a finished one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 
 from montessori_ray.artifacts.run import Run
@@ -91,7 +91,8 @@ def _write(config: Config, name: str, teacher: str, target: int, *, prefix: str,
         synthesize.synthesize_instructions, name=f"{name}-{prefix}".replace("_-", "-").rstrip("-_"), stream=stream,
         target=target, learn_shots=learn_shots,
     )  # fmt: skip
-    sizes = ("training_set",) if name == "final" and not prefix else ()
+    sizes = ("training_set",) if name == "final" else ("split.warmup", "split.probing")
+    sizes = ("evaluate.fresh",) if prefix else sizes  # another target is other work: rounds follow from it
     return [
         Stage(
             name=instructions, output=instructions, body=sample, schema=columns.INSTRUCTIONS, teacher=teacher,
@@ -219,15 +220,15 @@ def check_run(stages: Sequence[Stage], config: Config, run: Run) -> None:
             run.artifact(stage.output).check(identity_of(stage, config, run))
 
 
-def require_inputs(stage: Stage, stages: Sequence[Stage], run: Run) -> None:
-    """Refuse a stage whose inputs do not exist.
+def require_inputs(stage: Stage, stages: Sequence[Stage], run: Run, coming: Collection[str] = ()) -> None:
+    """Refuse a stage whose inputs neither exist nor are `coming` from stages about to run.
 
     Raises:
         RunError: names the stage that makes the missing input.
     """
     maker = {other.output: other for other in stages}
     for name in stage.inputs:
-        if run.artifact(name).manifest() is None:
+        if name not in coming and run.artifact(name).manifest() is None:
             raise RunError(
                 f"{stage.name} needs {run.root}/{name}, which does not exist: run the stage {maker[name].name} first "
                 "(or the whole loop with `montessori run`)"
@@ -244,13 +245,13 @@ def run_loop(config: Config, *, kinds: Sequence[str] = (), iteration: int | None
     chosen = select(stages, kinds, iteration) if kinds else stages
     with Session(config) as session:
         check_run(stages, config, session.run)
+        session.write_config()
         for stage in _inputs():
             session.execute(stage)
         unfinished = [stage for stage in chosen if session.run.artifact(stage.output).manifest() is None]
         if kinds:
             for stage in unfinished:
-                if not any(name in {other.output for other in unfinished} for name in stage.inputs):
-                    require_inputs(stage, stages, session.run)
+                require_inputs(stage, stages, session.run, coming={other.output for other in unfinished})
         if unfinished:
             nodes = session.connect()
             for stage in unfinished:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, Self
 
 import yaml
@@ -29,14 +29,14 @@ def open_run(root: str) -> Run:
     Raises:
         RunError: the path is relative in a Ray job, whose working directory is a copy that goes with the job.
     """
-    if "://" in root or os.path.isabs(root):
-        return Run(root)
+    if "://" in root or os.path.isabs(os.path.expanduser(root)):
+        return Run(os.path.expanduser(root))
     if "_ray_pkg_" in os.getcwd():
         raise RunError(
             f"run={root} is a relative path inside the job's own copy of the working directory, which is deleted with "
             "the job: give an absolute path (or bucket URL) that all nodes see"
         )
-    return Run(os.path.abspath(root))
+    return Run(os.path.abspath(os.path.expanduser(root)))
 
 
 class Session:
@@ -53,8 +53,6 @@ class Session:
 
     def __enter__(self) -> Self:
         self._exit.enter_context(self.run.lock())
-        config = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
-        self.run.storage.write("config.yaml", config.encode())
         self.events = EventLog(self.run.storage)
         self._exit.callback(self.events.flush)
         self._tracker: Tracker = open_tracker(self.config.telemetry, self.run.root, self.config.model_dump(mode="json"))
@@ -62,8 +60,14 @@ class Session:
         self.events.write("session_started", run=self.run.root, pid=os.getpid())
         return self
 
+    def write_config(self) -> None:
+        """Leave the settings in the run; only once it is known that the run fits them."""
+        config = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
+        self.run.storage.write("config.yaml", config.encode())
+
     def __exit__(self, *exception: object) -> None:
-        self.events.write("session_ended", error=str(exception[1]) if exception[1] else None)
+        with suppress(RunError):
+            self.events.write("session_ended", error=str(exception[1]) if exception[1] else None)
         self._exit.__exit__(None, None, None)
 
     def connect(self) -> list[Bundle]:
@@ -93,8 +97,9 @@ class Session:
             with StageMonitor(stage.name, self._board, self.console, self.events, self._tracker) as monitor:
                 details = stage.body(context)
         except BaseException as error:
-            artifact.add_seconds(time.monotonic() - started)
-            self.events.write("stage_stopped", stage=stage.name, error=f"{type(error).__name__}: {error}")
+            with suppress(RunError):  # a full disk must not hide the first error
+                artifact.add_seconds(time.monotonic() - started)
+                self.events.write("stage_stopped", stage=stage.name, error=f"{type(error).__name__}: {error}")
             raise
         columns = {field.name: str(field.type) for field in stage.schema} if stage.schema else None
         seconds = time.monotonic() - started

@@ -46,7 +46,6 @@ def test_the_first_bundle_that_finds_no_node(bundles: list[Bundle], nodes: list[
     assert nodes == before
 
 
-@pytest.mark.xfail(strict=True, reason="cluster.unplaceable subtracts floats: 25 x 0.04 GPU do not fit one GPU")
 @settings(deadline=None)
 @given(st.integers(1, 8), st.integers(1, 40))
 def test_equal_shares_of_one_gpu_fill_it_exactly(gpus: int, workers_a_gpu: int) -> None:

@@ -274,7 +274,6 @@ def test_message_begins_with_the_file_and_lists_every_finding(tmp_path: Path) ->
         assert finding in message
 
 
-@pytest.mark.xfail(strict=True, reason="config._read_tree: AttributeError and TypeError instead of ConfigError")
 @pytest.mark.parametrize("tree", [{"extends": 3}, {"data": "a file"}, {"data": ["a", "b"]}, {"extends": ["a", "b"]}])
 def test_sections_of_the_wrong_kind_are_refused(tmp_path: Path, tree: dict[str, Any]) -> None:
     path = write(tmp_path, MINIMAL | tree)
@@ -284,14 +283,13 @@ def test_sections_of_the_wrong_kind_are_refused(tmp_path: Path, tree: dict[str, 
 
 @pytest.mark.parametrize(
     "value",
-    [".nan", pytest.param(".inf", marks=pytest.mark.xfail(strict=True, reason="Section needs allow_inf_nan=False"))],
+    [".nan", ".inf"],
 )
 def test_numbers_that_are_none_are_refused(minimal: Path, value: str) -> None:
     with pytest.raises(ConfigError, match=r"warm_up\.optimizer\.learning_rate"):
         load_config(minimal, [f"warm_up.optimizer.learning_rate={value}"])
 
 
-@pytest.mark.xfail(strict=True, reason="config.Count takes `true` as 1; it needs strict=True")
 def test_truth_values_are_not_numbers(minimal: Path) -> None:
     with pytest.raises(ConfigError, match="iterations"):
         load_config(minimal, ["iterations=true"])

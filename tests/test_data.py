@@ -145,7 +145,6 @@ def test_a_file_that_was_changed_is_read_again(tmp_path: Path) -> None:
     assert instructions(read(tmp_path / "rows.jsonl")) == ["the second"]
 
 
-@pytest.mark.xfail(strict=True, reason="data._open: load_dataset sends a HEAD request to the Hub for every local file")
 def test_a_local_file_is_nobodys_business(tmp_path: Path, lookups: list[str]) -> None:
     write_jsonl(tmp_path / "rows.jsonl", ROWS)
     read(tmp_path / "rows.jsonl")
@@ -172,7 +171,6 @@ def test_folder_without_data(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="data._open shows Datasets' own error, 'BatchSize must be greater than 0'")
 def test_parquet_without_rows(tmp_path: Path) -> None:
     schema = pa.schema([("instruction", pa.string())])
     pq.write_table(schema.empty_table(), tmp_path / "rows.parquet")
@@ -180,7 +178,6 @@ def test_parquet_without_rows(tmp_path: Path) -> None:
         read(tmp_path / "rows.parquet")
 
 
-@pytest.mark.xfail(strict=True, reason="data._open: 'cannot read rows.jsonl: StopIteration:' does not say empty")
 @pytest.mark.parametrize("kind", WRITERS)
 def test_empty_file(tmp_path: Path, kind: str) -> None:
     (tmp_path / f"rows.{kind}").touch()
@@ -229,7 +226,6 @@ def test_an_empty_response_is_no_fault_of_seeds(tmp_path: Path) -> None:
     assert len(read(tmp_path / "rows.jsonl", response="output")) == 1
 
 
-@pytest.mark.xfail(strict=True, raises=AttributeError, reason="data.read_rows calls .strip() on whatever is there")
 @pytest.mark.parametrize("column", ["instruction", "input", "output"])
 def test_a_column_that_is_no_text_is_refused_by_name(tmp_path: Path, column: str) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [ROWS[0] | {column: 7}])
@@ -237,7 +233,6 @@ def test_a_column_that_is_no_text_is_refused_by_name(tmp_path: Path, column: str
         read(tmp_path / "rows.jsonl", role="reference", needs_response=True, input="input", response="output")
 
 
-@pytest.mark.xfail(strict=True, reason="data.read_rows leaves a number, which the schema INPUT_ROWS (string) refuses")
 def test_a_category_may_be_a_number(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [ROWS[0] | {"kind": 7}])
     assert read(tmp_path / "rows.jsonl", category="kind")[0]["category"] == "7"

@@ -56,6 +56,16 @@ class Identity(BaseModel):
         return changed
 
 
+class Begun(BaseModel):
+    """What is known of an artifact that is being made."""
+
+    identity: Identity
+    started: float
+    """Unix time the stage first began."""
+    seconds: float
+    """Seconds worked on it in earlier sessions."""
+
+
 class Manifest(BaseModel):
     """The manifest of a finished artifact."""
 

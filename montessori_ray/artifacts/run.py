@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 from pydantic import ValidationError
 
-from montessori_ray.artifacts.manifest import FORMAT_VERSION, Identity, Manifest, files_digest, library_versions
+from montessori_ray.artifacts.manifest import FORMAT_VERSION, Begun, Identity, Manifest, files_digest, library_versions
 from montessori_ray.artifacts.storage import TEMPORARY, Storage, cache_folder, rows_of
 from montessori_ray.errors import RunError
 
@@ -52,10 +52,13 @@ class Artifact:
         try:
             return Manifest.model_validate_json(self.storage.read(f"{self.name}/{MANIFEST}"))
         except ValidationError as error:
-            raise RunError(
-                f"{self.url}/{MANIFEST} cannot be read by this version (layout {FORMAT_VERSION}): "
-                f"{error.error_count()} fields differ; use the version that wrote it, or another `run`"
-            ) from None
+            raise self._unreadable(MANIFEST, error) from None
+
+    def _unreadable(self, name: str, error: ValidationError) -> RunError:
+        return RunError(
+            f"{self.url}/{name} cannot be read by this version (layout {FORMAT_VERSION}): {error.error_count()} fields "
+            "differ; use the version that wrote it, or another `run`"
+        )
 
     def require(self) -> Manifest:
         """The manifest; raises RunError if the artifact does not exist."""
@@ -89,10 +92,10 @@ class Artifact:
 
     def model_path(self) -> Path:
         """An ordinary folder with the model; a copy in the cache where the run lies in a bucket."""
-        self.require()
+        digest = self.require().digest
         if self.storage.exists(f"{self.name}/{LOCATION}"):
             return Path(json.loads(self.storage.read(f"{self.name}/{LOCATION}"))["path"])
-        return self.storage.local_folder(self.name, cache_folder())
+        return self.storage.local_folder(self.name, cache_folder() / digest[:16])  # another model, another copy
 
     # -- making it ----------------------------------------------------------------------------------------------
 
@@ -100,8 +103,11 @@ class Artifact:
         """What the artifact was begun with: identity, start time, seconds worked in earlier sessions."""
         if not self.storage.exists(f"{self.name}/{BEGUN}"):
             return None
-        record = json.loads(self.storage.read(f"{self.name}/{BEGUN}"))
-        return Identity.model_validate(record["identity"]), record["started"], record["seconds"]
+        try:
+            begun = Begun.model_validate_json(self.storage.read(f"{self.name}/{BEGUN}"))
+        except ValidationError as error:
+            raise self._unreadable(BEGUN, error) from None
+        return begun.identity, begun.started, begun.seconds
 
     def begin(self, identity: Identity) -> None:
         """Start the artifact, or continue one begun with the same identity.
@@ -186,8 +192,8 @@ class Artifact:
         self.storage.remove(self.name)
 
     def _write_begun(self, identity: Identity, started: float, seconds: float) -> None:
-        record = {"identity": identity.model_dump(), "started": started, "seconds": seconds}
-        self.storage.write(f"{self.name}/{BEGUN}", json.dumps(record).encode())
+        record = Begun(identity=identity, started=started, seconds=seconds)
+        self.storage.write(f"{self.name}/{BEGUN}", record.model_dump_json().encode())
 
     def _files(self) -> list[str]:
         """Names of all files in the artifact's folder, folders within it included."""
@@ -228,7 +234,9 @@ class Run:
         if not self.storage.is_local:
             yield
             return
-        with self.storage.folder_writer("") as folder, (folder / "lock").open("a+") as file:
+        with self.storage.folder_writer("") as folder:
+            file = (folder / "lock").open("a+")
+        with file:  # outside of folder_writer, which would take the body's faults for its own
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

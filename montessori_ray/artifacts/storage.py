@@ -74,6 +74,15 @@ class Storage:
             else:
                 self.fs.pipe_file(target, content)
 
+    def append(self, name: str, text: str) -> None:
+        """Add text to the end of a local file; not atomic: a kill may leave a part of it.
+
+        Raises:
+            RunError: no permission, or no space left.
+        """
+        with self._said_plainly(self.path(name)), self.fs.open(self.path(name), "a") as file:
+            file.write(text)
+
     def remove(self, name: str) -> None:
         """Remove a file or a folder with all in it, if there."""
         if self.exists(name):
@@ -138,6 +147,8 @@ class Storage:
             yield
         except PermissionError:
             raise RunError(f"no permission to write {target}: choose another `run` or change its owner") from None
+        except (FileExistsError, NotADirectoryError) as error:
+            raise RunError(f"cannot write {target}: {error.filename} is a file; choose another `run`") from None
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise

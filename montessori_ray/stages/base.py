@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class StageContext:
     client: PoolClient | None = None
     """Client of the teacher pool; set when the stage names a teacher."""
 
-    @property
+    @cached_property
     def output(self) -> Artifact:
         """The artifact this stage makes."""
         return self.run.artifact(self.stage.output)

@@ -78,7 +78,7 @@ class Console:
         if result is not None:
             for table in result_tables(result.details):
                 self.rich.print(table)
-        self.rich.print(f"run: {run.root}")
+        self.rich.print(Text(f"run: {run.root}"))
 
 
 def say_progress(progress: Progress, rate: float | None, seconds: float) -> str:

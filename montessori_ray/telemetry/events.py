@@ -18,15 +18,17 @@ class EventLog:
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
         self._lines: list[str] = []
-        if not storage.is_local and storage.exists(EVENTS):
-            self._lines = storage.read(EVENTS).decode().splitlines()
+        before = storage.read(EVENTS) if storage.exists(EVENTS) else b""
+        if not storage.is_local:
+            self._lines = before.decode().splitlines()
+        elif before and not before.endswith(b"\n"):
+            storage.append(EVENTS, "\n")  # a kill cut the last line short; the next one must not be lost with it
 
     def write(self, kind: str, **fields: Any) -> None:
         """Append one event with the time it happened."""
         line = json.dumps({"time": round(time.time(), 3), "event": kind, **fields}, default=str)
         if self._storage.is_local:
-            with self._storage.fs.open(self._storage.path(EVENTS), "a") as file:
-                file.write(line + "\n")
+            self._storage.append(EVENTS, line + "\n")
         else:
             self._lines.append(line)
 

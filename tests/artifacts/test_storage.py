@@ -252,7 +252,6 @@ def test_no_permission_is_said() -> None:
         assert storage.entries("") == ["file"]
 
 
-@pytest.mark.xfail(strict=True, raises=FileExistsError, reason="storage._said_plainly knows permission and space only")
 def test_a_file_in_place_of_the_run_directory_is_said(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     with pytest.raises(RunError):

@@ -188,7 +188,6 @@ def test_summary_shows_finished_stages_the_result_and_where_the_run_is(
     assert "final/unfinished" not in shown
 
 
-@pytest.mark.xfail(strict=True, reason="Console.summary prints the path as rich markup: '[b]' is taken for a style")
 def test_brackets_in_the_path_of_a_run_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     console, buffer = make_console(monkeypatch)
     console.summary(Run(str(tmp_path / "run[b]")), [])

@@ -98,9 +98,6 @@ def test_bytes_that_are_no_text_are_passed_over(folder: Storage) -> None:
     assert kinds(folder) == ["one", "two"]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="EventLog appends to the cut line, so the next session's first event is lost too"
-)
 def test_the_event_after_a_cut_line_is_not_lost(folder: Storage) -> None:
     log = EventLog(folder)
     log.write("one")
@@ -112,9 +109,6 @@ def test_the_event_after_a_cut_line_is_not_lost(folder: Storage) -> None:
     assert kinds(folder) == ["one", "session_started", "three"]
 
 
-@pytest.mark.xfail(
-    strict=True, raises=OSError, reason="EventLog.write opens the file past Storage, which says it plainly"
-)
 def test_a_full_disk_is_said_plainly(folder: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full here")
