@@ -44,7 +44,8 @@ def said_plainly(command: Callable[Arguments, None]) -> Callable[Arguments, None
     @wraps(command)
     def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
         # The console shows the run's own progress; libraries' bars and greetings would cut through it.
-        os.environ.setdefault("TQDM_DISABLE", "1")
+        for name in ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(name, "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:

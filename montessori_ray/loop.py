@@ -246,6 +246,7 @@ def run_loop(config: Config, *, kinds: Sequence[str] = (), iteration: int | None
     with Session(config) as session:
         check_run(stages, config, session.run)
         session.write_config()
+        prepared = {stage.output for stage in _inputs()}
         for stage in _inputs():
             session.execute(stage)
         unfinished = [stage for stage in chosen if session.run.artifact(stage.output).manifest() is None]
@@ -257,7 +258,8 @@ def run_loop(config: Config, *, kinds: Sequence[str] = (), iteration: int | None
             for stage in unfinished:
                 require_room(stage.name, bundles_of(stage, config), nodes)
         for stage in chosen:
-            session.execute(stage)
+            if stage.output not in prepared:
+                session.execute(stage)
         session.finish(stages)
         return session.run
 

@@ -36,7 +36,7 @@ SMALL = [
     "tune_teacher.micro_batch_size=2",
     "evaluate.fresh=6",
 ]
-"""Overrides that make the quickstart small: six of thirty layers, a few dozen examples, minutes instead of a quarter hour."""
+"""Overrides that make the quickstart small: six of thirty layers, a few dozen examples, a few minutes."""
 
 
 @dataclass

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from safetensors import safe_open
 from torch import Tensor
 
@@ -53,7 +52,6 @@ class ZeroStudent:
         Raises:
             ModelError: the moments do not fit the model.
         """
-        self._device = torch.device(get_accelerator().current_device_name())
         self._pad_token_id = pad_token_id
         rank, world = dist.get_rank(), dist.get_world_size()
         self._reference = ReferenceSet(reference, reference_tokens, pad_token_id, rank, world)
@@ -62,6 +60,7 @@ class ZeroStudent:
         names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         self._engine = build_engine(module, rule, zero_stage)
         self._engine.eval()
+        self._device = torch.device(self._engine.device)
         self._state = EngineState(self._engine)
         if rule.step == 0:
             self._state.set_moments(0, None)
@@ -120,6 +119,8 @@ class ZeroStudent:
 
 def _load_moments(state: EngineState, step: int, names: dict[Tensor, str], directory: Path) -> None:
     path = directory / OPTIMIZER_TENSORS
+    if not path.exists():
+        raise ModelError(f"{directory} says that {step} steps were taken but has no {path.name}: warm up again")
     with safe_open(path, framework="pt") as stored:
         known = set(stored.keys())
 

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from functools import partial
 from itertools import groupby
 from typing import Any
 
+import fsspec
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
+from montessori_ray.artifacts.storage import rows_of
 from montessori_ray.config import Sampling
 from montessori_ray.stages.base import StageContext
 from montessori_ray.stages.schemas import RESPONSES
 from montessori_ray.synthesis.client import GenerationRequest, PoolClient
 from montessori_ray.synthesis.instructions import KEPT, InstructionWriter
 from montessori_ray.synthesis.prompts import prompt_style, render
-
-RESPONSES_A_BLOCK = 32
-"""Responses committed together, and the rows of one Ray Data block."""
 
 
 def synthesize_instructions(
@@ -78,71 +78,74 @@ def _request(text: str, sampling: Sampling, n: int, seed: int, stop: tuple[str, 
 
 
 def synthesize_responses(context: StageContext) -> dict[str, Any]:
-    """Answer every kept instruction: a Ray Data pipeline over the pool, committed in the order of the instructions.
+    """Answer every kept instruction: a Ray Data pipeline over the pool, one part of responses a part of instructions.
 
-    The order is preserved, so what is committed is a prefix and a resumed stage skips just that many rows.
+    The pipeline preserves order, so the parts that are committed are the first ones, and a resumed stage goes on with
+    the next part.
     """
-    committed = sum(table.num_rows for table in context.output.tables(["example_id"]))
     total = context.input(0).require().details["kept"]
-    context.progress.update(committed, total, unit="responses")
-    if committed < total:
-        answer = partial(
-            _answer, client=context.pool, sampling=context.config.synthesize.responses, seed=context.config.seed,
-            tokenizer_folder=str(context.model(1)), concurrency=RESPONSES_A_BLOCK,
-        )  # fmt: skip
-        for table in _stream(context, committed, answer):
-            context.output.append(table.select(RESPONSES.names).cast(RESPONSES))
-            committed += table.num_rows
-            context.progress.update(committed, total, unit="responses")
+    answered = sum(table.num_rows for table in context.output.tables(["example_id"]))
+    context.progress.update(answered, total, unit="responses")
+    for table in _answered_parts(context, context.input(0).part_paths()[len(context.output.parts()) :]):
+        context.output.append(table)
+        answered += table.num_rows
+        context.progress.update(answered, total, unit="responses")
     finish_reasons = context.output.column("finish_reason")
-    num_tokens = context.output.column("num_tokens")
     return {
         "responses": len(finish_reasons),
         "truncated": sum(reason == "length" for reason in finish_reasons),
-        "tokens": sum(num_tokens),
+        "tokens": sum(context.output.column("num_tokens")),
     }
 
 
-def _stream(context: StageContext, skip: int, answer: Any) -> Iterator[pa.Table]:
-    """Tables of answered instructions, in order; Ray Data bounds what is in flight."""
+def _answered_parts(context: StageContext, parts: list[str]) -> Iterator[pa.Table]:
+    """A table of responses for each part of instructions, in their order; Ray Data bounds what is in flight.
+
+    Its tasks only wait for replicas, so they ask for no CPU: the pool may hold all there are.
+    """
     import ray.data  # late: see stages/__init__.py
 
+    if not parts:
+        return
     data_context = ray.data.DataContext.get_current()
     data_context.execution_options.preserve_order = True
     data_context.enable_progress_bars = False
-    blocks = _instruction_blocks(context, skip)
-    pool = context.config.pool
-    in_flight = max(2, pool.replicas * pool.max_num_seqs // RESPONSES_A_BLOCK)
-    answered = ray.data.from_arrow(blocks).map_batches(
-        answer, batch_format="pyarrow", batch_size=None, num_cpus=0, concurrency=in_flight
-    )
-    yield from answered.iter_batches(batch_format="pyarrow", batch_size=RESPONSES_A_BLOCK)
+    pool, settings = context.config.pool, context.config.synthesize
+    rows_a_part = settings.commit_prompts * settings.n
+    answer = partial(
+        _answer_part, client=context.pool, sampling=settings.responses, seed=context.config.seed,
+        tokenizer_folder=str(context.model(1)), concurrency=rows_a_part,
+    )  # fmt: skip
+    in_flight = 1 + math.ceil(pool.replicas * pool.max_num_seqs / rows_a_part)
+    items = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
+    compute = ray.data.TaskPoolStrategy(size=in_flight)
+    tables = items.map_batches(answer, batch_format="pyarrow", batch_size=None, num_cpus=0, compute=compute)
+    batches: Any = tables.iter_batches(batch_format="pyarrow", batch_size=None)
+    for table in batches:
+        yield table.select(RESPONSES.names).cast(RESPONSES)
 
 
-def _instruction_blocks(context: StageContext, skip: int) -> list[pa.Table]:
-    """The kept instructions after the first `skip`, in blocks of RESPONSES_A_BLOCK rows."""
-    columns = ["example_id", "prompt_id", "instruction", "teacher_digest", "status"]
-    table = pa.concat_tables(list(context.input(0).tables(columns)))
-    kept = table.filter(pc.equal(table["status"], KEPT)).drop_columns("status").slice(skip)
-    return [kept.slice(start, RESPONSES_A_BLOCK) for start in range(0, kept.num_rows, RESPONSES_A_BLOCK)]
-
-
-def _answer(
-    table: pa.Table, *, client: PoolClient, sampling: Sampling, seed: int, tokenizer_folder: str, concurrency: int
+def _answer_part(
+    item: pa.Table, *, client: PoolClient, sampling: Sampling, seed: int, tokenizer_folder: str, concurrency: int
 ) -> pa.Table:
-    """The block with the columns `response`, `finish_reason`, `num_tokens`."""
+    """Responses (schema RESPONSES) to the kept instructions of one part; `item` has one row, the part's path."""
     from transformers import AutoTokenizer
 
+    with fsspec.open(item["part"][0].as_py(), "rb") as file:
+        rows = [row for row in rows_of(pq.read_table(file)) if row["status"] == KEPT]
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     requests = []
-    for row in table.to_pylist():
+    for row in rows:
         message = [{"role": "user", "content": row["instruction"]}]
         text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
         requests.append(_request(text, sampling, 1, _seed_of(row["example_id"], seed), ()))
-    samples = [answers[0] for _, answers in client.generate_all(requests, concurrency=concurrency)]
-    table = table.append_column("response", pa.array([sample.text.strip() for sample in samples], pa.string()))
-    table = table.append_column("finish_reason", pa.array([sample.finish_reason for sample in samples], pa.string()))
-    return table.append_column("num_tokens", pa.array([sample.num_tokens for sample in samples], pa.int32()))
+    for number, (sample,) in client.generate_all(requests, concurrency=concurrency):
+        rows[number] |= {
+            "response": sample.text.strip(),
+            "finish_reason": sample.finish_reason,
+            "num_tokens": sample.num_tokens,
+        }
+    return pa.Table.from_pylist(rows, schema=RESPONSES)
 
 
 def _seed_of(example_id: str, seed: int) -> int:

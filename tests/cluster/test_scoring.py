@@ -18,6 +18,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from montessori_ray.config import Score
+from montessori_ray.errors import ResourceError
 from montessori_ray.influence.driver import score_examples
 from montessori_ray.influence.scorer import Scorer, join_alone
 from montessori_ray.telemetry.progress import ProgressChannel
@@ -144,13 +145,13 @@ def test_groups_and_leases_change_no_bit(student: Path, tmp_path: Path) -> None:
     examples[7]["response"] = " "
     expected = alone(student, examples)
     assert expected["e007"][-1] == "empty response"
-    two, summary = score(student, examples, tmp_path / "two", groups=2, lease_size=3)
+    two, summary = score(student, examples, tmp_path, groups=2, lease_size=3)
     assert len(two) == 600
     assert values(two) == expected
     assert {row["worker"].partition("@")[0] for row in two} == {"group-0", "group-1"}
     assert (summary["points"], summary["quarantined"], summary["groups"]) == (600, 1, 2)
     assert summary["null_step_loss"] == two[0]["loss_before"]
-    one, _ = score(student, examples[:50], tmp_path / "one", groups=1, lease_size=7)
+    one, _ = score(student, examples[:50], tmp_path, groups=1, lease_size=7)
     assert values(one) == {row["example_id"]: expected[row["example_id"]] for row in examples[:50]}
 
 
@@ -170,3 +171,13 @@ def test_a_killed_worker_loses_and_doubles_nothing(student: Path, tmp_path: Path
     assert sorted(row["example_id"] for row in got) == [row["example_id"] for row in examples]
     assert values(got) == alone(student, examples)
     assert summary["points"] == 300
+
+
+def test_groups_that_cannot_load_the_student_end_the_stage(student: Path, tmp_path: Path) -> None:
+    unwarmed = tmp_path / "unwarmed"
+    unwarmed.mkdir()
+    for file in student.iterdir():
+        if not file.name.startswith("optimizer"):
+            (unwarmed / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ResourceError, match="all 2 scoring groups failed; the first: .* was not warmed up"):
+        score(unwarmed, rows(4, 0), tmp_path, groups=2, max_group_failures=0)

@@ -1,0 +1,108 @@
+"""Stages as jobs on a real two-node cluster with its dashboard: `ray job submit`, metrics, and a node that is lost."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.test_kill_and_resume import influences
+from tests.conftest import ROOT, SMALL, Driver, wait_for_ray_to_end
+
+pytestmark = pytest.mark.slow
+RAY = str(Path(sys.executable).with_name("ray"))
+ENVIRONMENT = os.environ | {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+
+
+@dataclass
+class Node:
+    """A `ray start --block` process and all it started."""
+
+    process: subprocess.Popen[bytes]
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def start_node(*arguments: str) -> Node:
+    line = [RAY, "start", "--block", "--num-cpus=1", "--object-store-memory=200000000", *arguments]
+    return Node(subprocess.Popen(line, env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL))
+
+
+def answers(url: str) -> bytes | None:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as reply:
+            return bytes(reply.read())
+    except OSError:
+        return None
+
+
+def until(happened: Callable[[], object], timeout: float = 120) -> None:
+    deadline = time.monotonic() + timeout
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+@pytest.fixture
+def cluster() -> Iterator[list[Node]]:
+    """A head with the dashboard on port 18265 and a second node, one CPU each."""
+    wait_for_ray_to_end()
+    head = start_node(
+        "--head", "--port=16379", "--include-dashboard=true", "--dashboard-port=18265", "--metrics-export-port=18080"
+    )
+    until(lambda: answers("http://127.0.0.1:18265/api/version"))
+    nodes = [head, start_node("--address=127.0.0.1:16379", "--metrics-export-port=18081")]
+    alive = "http://127.0.0.1:18265/nodes?view=summary"
+    until(
+        lambda: (answers(alive) or b"").count(b'"state": "ALIVE"') >= 2 or (answers(alive) or b"").count(b"ALIVE") >= 2
+    )
+    yield nodes
+    for node in reversed(nodes):
+        if node.process.poll() is None:
+            node.kill()
+    wait_for_ray_to_end()
+
+
+def submit(job: str, driver: Driver, *, wait: bool = True) -> subprocess.CompletedProcess[str]:
+    line = [RAY, "job", "submit", "--address", "http://127.0.0.1:18265", *([] if wait else ["--no-wait"])]
+    line += ["--working-dir", ".", "--runtime-env-json", '{"excludes": [".venv", ".git", "runs", "tests"]}', "--"]
+    line += [sys.executable, f"jobs/{job}.py", "--config", "configs/quickstart.yaml", f"run={driver.run}", *SMALL]
+    return subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
+
+
+def test_jobs_on_two_nodes(small_run: Driver, copy_until: Callable[[str], Driver], cluster: list[Node]) -> None:
+    driver = copy_until("iteration_00/influence")
+    missing = submit("pair", driver)
+    assert missing.returncode != 0
+    assert "run the stage iteration_00/score first" in missing.stdout + missing.stderr
+
+    submitted = submit("score", driver, wait=False)
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    until(lambda: driver.parts("iteration_00/influence"), timeout=200)
+    exported = [answers(f"http://127.0.0.1:{port}/metrics") or b"" for port in (18080, 18081)]
+    assert re.search(
+        rb'montessori_stage_total\{[^}]*Stage="iteration_00/score"|montessori_stage_total', b"".join(exported)
+    )
+    until(lambda: (driver.run / "iteration_00/influence/manifest.json").exists(), timeout=300)
+    assert influences(driver) == influences(small_run)
+    assert len({row["worker"].split("@")[0] for row in driver.rows("iteration_00/influence")}) == 2
+
+
+def test_a_lost_node_loses_no_row(small_run: Driver, copy_until: Callable[[str], Driver], cluster: list[Node]) -> None:
+    driver = copy_until("iteration_00/influence")
+    assert submit("score", driver, wait=False).returncode == 0
+    until(lambda: driver.parts("iteration_00/influence"), timeout=200)
+    cluster[1].kill()
+    until(lambda: (driver.run / "iteration_00/influence/manifest.json").exists(), timeout=400)
+    assert influences(driver) == influences(small_run)

@@ -1,0 +1,125 @@
+"""What a user gets wrong, through the command line: one sentence, exit code 2, no cluster started, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).parent.parent
+TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</s>{% endfor %}"
+
+
+def refused(run: Path, *arguments: str, command: str = "run", config: str = "configs/quickstart.yaml") -> str:
+    """Run the command, expect it to be refused; returns the sentence. No Ray session may have been started."""
+    ray_folder = run.with_name("ray")  # where a cluster would leave its session
+    ray_folder.mkdir(exist_ok=True)
+    line = [sys.executable, "-m", "montessori_ray", command, "--config", config, f"run={run}", *arguments]
+    done = subprocess.run(
+        line, cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {"RAY_TMPDIR": str(ray_folder)}
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(ray_folder.rglob("session_*"))
+    assert done.stderr.startswith("error: ")
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory that loads, with random weights and a context of 128 tokens."""
+    folder = tmp_path_factory.mktemp("model")
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=128,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", chat_template=TEMPLATE).save_pretrained(folder)
+    return folder
+
+
+def jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_missing_config(tmp_path: Path) -> None:
+    assert "no config file at nowhere.yaml" in refused(tmp_path / "run", config="nowhere.yaml")
+
+
+def test_unknown_key_and_wrong_type(tmp_path: Path) -> None:
+    said = refused(tmp_path / "run", "score.estimater=exact", "split.warmup=many")
+    assert "score.estimater" in said
+    assert "split.warmup" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_sample_a_prompt_makes_no_pair(tmp_path: Path) -> None:
+    assert "a pair needs two instructions" in refused(tmp_path / "run", "synthesize.n=1")
+
+
+def test_missing_empty_and_wrong_columns(tmp_path: Path) -> None:
+    assert "no file at /nowhere/seeds.jsonl" in refused(tmp_path / "a", "data.seeds.path=/nowhere/seeds.jsonl")
+    empty = jsonl(tmp_path / "empty.jsonl", [])
+    assert "is empty" in refused(tmp_path / "b", f"data.reference.path={empty}")
+    other = jsonl(tmp_path / "other.jsonl", [{"question": "Why?"}])
+    said = refused(tmp_path / "c", f"data.seeds.path={other}")
+    assert "no column 'instruction', only question" in said
+    assert "data.seeds.instruction" in said
+
+
+def test_overlap_and_too_few_seeds(tmp_path: Path) -> None:
+    rows = [{"instruction": f"Name the number {n}.", "response": str(n), "category": "numbers"} for n in range(4)]
+    path = jsonl(tmp_path / "rows.jsonl", rows)
+    both = [f"data.reference.path={path}", f"data.held_out.path={path}"]
+    said = refused(tmp_path / "a", *both)
+    assert "of the 4 held-out rows are also in the reference set" in said
+    assert "a few-shot prompt shows 8" in refused(tmp_path / "b", f"data.seeds.path={path}")
+
+
+def test_model_without_weights_tokenizer_template_or_context(tmp_path: Path, tiny_model: Path) -> None:
+    def broken(name: str) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in tiny_model.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        return folder
+
+    without_weights = broken("weights")
+    (without_weights / "model.safetensors").unlink()
+    assert "weights" in refused(tmp_path / "a", f"teacher.model={without_weights}")
+    without_tokenizer = broken("tokenizer")
+    for file in without_tokenizer.glob("token*"):
+        file.unlink()
+    assert "tokenizer" in refused(tmp_path / "b", f"teacher.model={without_tokenizer}")
+    without_template = broken("template")
+    (without_template / "chat_template.jinja").unlink()
+    assert "chat template" in refused(tmp_path / "c", f"teacher.model={without_template}")
+    assert "128" in refused(tmp_path / "d", f"teacher.model={tiny_model}")
+    assert "/nowhere" in refused(tmp_path / "e", "teacher.model=/nowhere")
+
+
+def test_more_than_the_machine_has(tmp_path: Path) -> None:
+    said = refused(tmp_path / "run", "cluster.num_cpus=2", "pool.worker.cpus=3", command="plan")
+    assert "iteration_00/instructions asks for 1 x (3 CPU)" in said
+    assert "the cluster has 1 x (2 CPU" in said
+
+
+def test_no_permission(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "is a file" in refused(tmp_path / "file")
+
+
+def test_a_stage_without_its_inputs_names_the_stage_that_makes_them(tmp_path: Path) -> None:
+    small = ["teacher.model=embedded:smollm2-135m-instruct"]
+    line = [sys.executable, "jobs/score.py", "--config", "configs/quickstart.yaml", f"run={tmp_path / 'run'}", *small]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert "run the stage iteration_00/warm_up first" in done.stderr
