@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from montessori_ray import loop
-from montessori_ray.cluster import cluster_nodes, connected, require_room, say_bundles, this_machine
+from montessori_ray.cluster import address_of, cluster_nodes, connected, require_room, say_bundles, this_machine
 from montessori_ray.config import Config, load_config
 from montessori_ray.errors import RunError, UserError
 from montessori_ray.session import open_run
@@ -95,7 +95,7 @@ def plan(config: ConfigOption, overrides: Overrides = None) -> None:
 
 def _nodes(settings: Config) -> list[dict[str, float]]:
     """Nodes of the configured cluster, or of the one that would be started here."""
-    if settings.cluster.address is None:
+    if address_of(settings.cluster) is None:
         return this_machine(settings.cluster)
     with connected(settings.cluster):
         return cluster_nodes()

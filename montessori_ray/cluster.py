@@ -16,6 +16,11 @@ from montessori_ray.errors import ResourceError
 Bundle = dict[str, float]
 
 
+def address_of(cluster: Cluster) -> str | None:
+    """Address of the cluster to connect to, the configured or the job's own; None where one is to be started."""
+    return cluster.address or os.environ.get("RAY_ADDRESS")
+
+
 @contextmanager
 def connected(cluster: Cluster) -> Iterator[str]:
     """Connect to the configured cluster, the job's own, or one started here and stopped afterwards.
@@ -27,10 +32,12 @@ def connected(cluster: Cluster) -> Iterator[str]:
     """
     for name in ("ray", "ray.serve", "ray.train", "ray.data"):  # the run's own console says what matters
         logging.getLogger(name).setLevel(logging.ERROR)
-    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    address = address_of(cluster)
     try:
         if address:
-            context = ray.init(address=address, log_to_driver=False, namespace="montessori", logging_level="error")
+            context = ray.init(
+                address=address, log_to_driver=False, namespace="montessori", logging_level=logging.ERROR
+            )
         else:
             # Few cores run many waiting processes here; Ray would warn of "8 workers on 2 cores" again and again.
             startups = max(16, psutil.cpu_count() or 1)
@@ -41,7 +48,7 @@ def connected(cluster: Cluster) -> Iterator[str]:
                 object_store_memory=cluster.object_store_memory,
                 include_dashboard=cluster.dashboard,
                 log_to_driver=False,
-                logging_level="error",
+                logging_level=logging.ERROR,
                 namespace="montessori",
             )
     except (ConnectionError, TimeoutError, RuntimeError) as error:

@@ -11,7 +11,7 @@ from typing import Any, Self
 import yaml
 
 from montessori_ray.artifacts.run import Run
-from montessori_ray.cluster import Bundle, cluster_nodes, connected, say_bundles
+from montessori_ray.cluster import Bundle, address_of, cluster_nodes, connected, say_bundles
 from montessori_ray.config import Config
 from montessori_ray.errors import RunError
 from montessori_ray.stages.base import Stage, StageContext, identity_of
@@ -73,6 +73,7 @@ class Session:
     def connect(self) -> list[Bundle]:
         """Connect to the cluster; returns what its nodes have."""
         started = time.monotonic()
+        self._own_cluster = address_of(self.config.cluster) is None
         name = self._exit.enter_context(connected(self.config.cluster))
         self._board = ProgressBoard.remote()  # type: ignore[attr-defined]  # added by @ray.remote
         nodes = cluster_nodes()
@@ -132,7 +133,8 @@ class Session:
             # Runs may share a cluster; the next session of a killed one takes its pool over by this name.
             name = f"teacher-{hashlib.sha256(self.run.root.encode()).hexdigest()[:8]}"
             self._pool = TeacherPool(self.config.pool, name=name)
-            self._exit.callback(self._pool.close)
+            # A cluster of its own ends with the session; another one must be left as it was found.
+            self._exit.callback(self._pool.release if self._own_cluster else self._pool.close)
         if stage.teacher != self._hosted:
             started = time.monotonic()
             self._pool.host(str(self.run.artifact(stage.teacher).model_path()))

@@ -20,6 +20,7 @@ from montessori_ray.stages.schemas import RESPONSES
 from montessori_ray.synthesis.client import GenerationRequest, PoolClient
 from montessori_ray.synthesis.instructions import KEPT, InstructionWriter
 from montessori_ray.synthesis.prompts import prompt_style, render
+from montessori_ray.telemetry.progress import ProgressChannel
 
 
 def synthesize_instructions(
@@ -88,8 +89,6 @@ def synthesize_responses(context: StageContext) -> dict[str, Any]:
     context.progress.update(answered, total, unit="responses")
     for table in _answered_parts(context, context.input(0).part_paths()[len(context.output.parts()) :]):
         context.output.append(table)
-        answered += table.num_rows
-        context.progress.update(answered, total, unit="responses")
     finish_reasons = context.output.column("finish_reason")
     return {
         "responses": len(finish_reasons),
@@ -115,6 +114,7 @@ def _answered_parts(context: StageContext, parts: list[str]) -> Iterator[pa.Tabl
     answer = partial(
         _answer_part, client=context.pool, sampling=settings.responses, seed=context.config.seed,
         tokenizer_folder=str(context.model(1)), concurrency=rows_a_part,
+        progress=context.progress,
     )  # fmt: skip
     in_flight = 1 + math.ceil(pool.replicas * pool.max_num_seqs / rows_a_part)
     items = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
@@ -126,7 +126,14 @@ def _answered_parts(context: StageContext, parts: list[str]) -> Iterator[pa.Tabl
 
 
 def _answer_part(
-    item: pa.Table, *, client: PoolClient, sampling: Sampling, seed: int, tokenizer_folder: str, concurrency: int
+    item: pa.Table,
+    *,
+    client: PoolClient,
+    sampling: Sampling,
+    seed: int,
+    tokenizer_folder: str,
+    concurrency: int,
+    progress: ProgressChannel,
 ) -> pa.Table:
     """Responses (schema RESPONSES) to the kept instructions of one part; `item` has one row, the part's path."""
     from transformers import AutoTokenizer
@@ -145,6 +152,7 @@ def _answer_part(
             "finish_reason": sample.finish_reason,
             "num_tokens": sample.num_tokens,
         }
+        progress.advance()
     return pa.Table.from_pylist(rows, schema=RESPONSES)
 
 

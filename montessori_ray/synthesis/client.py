@@ -12,6 +12,7 @@ same, because batches differ (DESIGN, determinism). A request that is itself wro
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections import deque
@@ -177,20 +178,22 @@ class _PoolHealth:
     def __init__(self, app: str, patience_s: float) -> None:
         self._app = app
         self._patience_s = patience_s
-        self._asked = 0.0
-        self._alive = time.monotonic()
+        self._asked = -math.inf
+        self._alive = 0.0
 
     async def check(self) -> None:
         """Raise `ResourceError` when the pool is gone, or has had no running replica for `patience_s`."""
         now = time.monotonic()
         if now - self._asked < _STATUS_PERIOD_S:
             return
-        if now - self._asked > 2 * self._patience_s:  # nobody was waiting: what was seen then says nothing about now
+        if now - self._asked > 3 * _STATUS_PERIOD_S:  # nobody was waiting: what was seen then says nothing about now
             self._alive = now
         self._asked = now
-        if await asyncio.to_thread(_num_running, self._app):
-            self._alive = time.monotonic()
-        elif now - self._alive > self._patience_s:
+        num_running = await asyncio.to_thread(_num_running, self._app)
+        self._asked = time.monotonic()
+        if num_running:
+            self._alive = self._asked
+        elif self._asked - self._alive > self._patience_s:
             raise ResourceError(
                 f"the teacher pool {self._app!r} has had no running replica for {self._patience_s:.0f} s "
                 "(pool.start_timeout_s): the cluster lost the resources of pool.worker, or replicas fail to start; "

@@ -48,7 +48,10 @@ class TeacherEngine:
         _bind_children()
         self._max_model_len = pool.max_model_len
         self._engine = _start(model_dir, pool)
-        self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        settings = self._engine.vllm_config.model_config
+        self._tokenizer = AutoTokenizer.from_pretrained(
+            settings.tokenizer, trust_remote_code=settings.trust_remote_code
+        )
 
     async def generate(self, request: GenerationRequest) -> list[Sample]:
         """The `n` samples of a request, in sample order.
@@ -195,8 +198,8 @@ def _bind_children() -> None:
     """
     if os.getpgrp() != os.getpid():
         os.setpgid(0, 0)
+    read_end, _write_end = os.pipe()  # the write end is never closed, and no child inherits it (PEP 446)
     subprocess.Popen(
-        [sys.executable, "-S", "-E", "-c", _GUARD, str(os.getpid())],
-        stdin=subprocess.PIPE,
-        start_new_session=True,
+        [sys.executable, "-S", "-E", "-c", _GUARD, str(os.getpid())], stdin=read_end, start_new_session=True
     )
+    os.close(read_end)

@@ -128,7 +128,7 @@ def result_tables(details: dict[str, Any]) -> list[Table]:
     losses = Table(title="Loss of the student (lower is better)", box=box.SIMPLE_HEAD, title_justify="left")
     losses.add_column("student")
     for name in ("reference", "held-out", "held-out change"):
-        losses.add_column(name, justify="right")
+        losses.add_column(name, justify="right", no_wrap=True)
     for name, row in details["losses"].items():
         change = row["held_out"].get("change")
         losses.add_row(
@@ -144,7 +144,7 @@ def result_tables(details: dict[str, Any]) -> list[Table]:
         )
         fresh.add_column("teacher")
         for name in ("scored", "mean influence", "helpful", "change"):
-            fresh.add_column(name, justify="right")
+            fresh.add_column(name, justify="right", no_wrap=True)
         for name, row in details["fresh"].items():
             change = row.get("change")
             fresh.add_row(

@@ -51,6 +51,10 @@ class ProgressBoard:
         progress.total = total if total is not None else progress.total
         progress.curves.extend((done, name, value) for name, value in metrics.items())
 
+    def advance(self, stage: str, done: int) -> None:
+        """Record that `done` more are finished: for many workers, none of which knows the whole."""
+        self._stages.setdefault(stage, Progress()).done += done
+
     def read(self, stage: str) -> tuple[Progress, float | None]:
         """Progress and rate of a stage; its metric points are handed over once."""
         progress = self._stages.setdefault(stage, Progress())
@@ -72,3 +76,8 @@ class ProgressChannel:
         """Report progress and, as keyword arguments, metrics of step `done`."""
         if self.board is not None:
             self.board.update.remote(self.stage, done, total, unit, note, metrics)
+
+    def advance(self, done: int = 1) -> None:
+        """Report that `done` more are finished, from one worker of many."""
+        if self.board is not None:
+            self.board.advance.remote(self.stage, done)

@@ -179,5 +179,5 @@ def test_groups_that_cannot_load_the_student_end_the_stage(student: Path, tmp_pa
     for file in student.iterdir():
         if not file.name.startswith("optimizer"):
             (unwarmed / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(ResourceError, match="all 2 scoring groups failed; the first: .* was not warmed up"):
+    with pytest.raises(ResourceError, match=r"all 2 scoring groups failed; the first: .* was not warmed up"):
         score(unwarmed, rows(4, 0), tmp_path, groups=2, max_group_failures=0)
