@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 import trl.trainer.utils
 from datasets import Dataset
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -45,6 +47,9 @@ from montessori_ray.errors import DataError
 from montessori_ray.preferences import Pair, split_by_prompt
 from montessori_ray.telemetry.progress import ProgressChannel
 from montessori_ray.training.ray_train import run_training
+from montessori_ray.training.student_state import save_weights
+
+GENERATION_CONFIG = "generation_config.json"
 
 
 class TokenizedPair(TypedDict):
@@ -372,8 +377,7 @@ def deepspeed_config(tuning: TuneTeacher) -> dict[str, Any]:
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
         "zero_allow_untested_optimizer": True,
-        # Weights are gathered as they are stored, in float32, whatever the setting's name says.
-        "zero_optimization": {"stage": tuning.zero_stage, "stage3_gather_16bit_weights_on_model_save": True},
+        "zero_optimization": {"stage": tuning.zero_stage},
     }
     if tuning.precision == "bfloat16":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
@@ -444,13 +448,23 @@ def save_teacher(trainer: TeacherTrainer, told: DpoSettings) -> None:
     float32, because a change of 1e-6 is below the bfloat16 spacing of most weights and the next iteration starts from
     it; vLLM casts on loading.
     """
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if not trainer.is_world_process_zero():
-        return
-    with Storage(told.output).folder_writer("") as folder:
-        model = cast("PreTrainedModel", trainer.accelerator.unwrap_model(trainer.model))
-        model.save_pretrained(folder, state_dict=state)
-        # Read anew: the trainer gives its copies a padding token.
-        AutoTokenizer.from_pretrained(told.model, trust_remote_code=told.trust_remote_code).save_pretrained(folder)
-        if (told.model / "generation_config.json").exists():
-            GenerationConfig.from_pretrained(told.model).save_pretrained(folder)
+    model = cast("PreTrainedModel", trainer.accelerator.unwrap_model(trainer.model))
+    model.generation_config = GenerationConfig()  # saving one checks it strictly, which some published ones fail
+    tokenizer = AutoTokenizer.from_pretrained(told.model, trust_remote_code=told.trust_remote_code)
+    writes = trainer.is_world_process_zero()
+    with Storage(told.output).folder_writer("") if writes else nullcontext(Path()) as folder:
+        save_weights(trainer.model_wrapped, model, tokenizer, folder)
+        if writes:
+            keep_configuration(told, folder)
+
+
+def keep_configuration(told: DpoSettings, folder: Path) -> None:
+    """The original's model and generation configuration, which the trainer changed (padding token, `use_cache`)."""
+    config = AutoConfig.from_pretrained(told.model, trust_remote_code=told.trust_remote_code)
+    config.dtype = torch.float32
+    config.save_pretrained(folder)
+    original = told.model / GENERATION_CONFIG
+    if original.exists():
+        shutil.copy(original, folder)
+    else:
+        (folder / GENERATION_CONFIG).unlink()
