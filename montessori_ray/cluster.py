@@ -30,7 +30,7 @@ def connected(cluster: Cluster) -> Iterator[str]:
     Raises:
         ResourceError: no cluster answers at the configured address.
     """
-    for name in ("ray", "ray.serve", "ray.train", "ray.data"):  # the run's own console says what matters
+    for name in ("ray", "ray.serve", "ray.train"):  # the run's own console says what matters
         logging.getLogger(name).setLevel(logging.ERROR)
     address = address_of(cluster)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -106,6 +107,7 @@ def _answered_parts(context: StageContext, parts: list[str]) -> Iterator[pa.Tabl
 
     if not parts:
         return
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # set by its import; the run's own console says what matters
     data_context = ray.data.DataContext.get_current()
     data_context.execution_options.preserve_order = True
     data_context.enable_progress_bars = False
@@ -116,7 +118,7 @@ def _answered_parts(context: StageContext, parts: list[str]) -> Iterator[pa.Tabl
         tokenizer_folder=str(context.model(1)), concurrency=rows_a_part,
         progress=context.progress,
     )  # fmt: skip
-    in_flight = 1 + math.ceil(pool.replicas * pool.max_num_seqs / rows_a_part)
+    in_flight = min(len(parts), 1 + math.ceil(pool.replicas * pool.max_num_seqs / rows_a_part))
     items = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
     compute = ray.data.TaskPoolStrategy(size=in_flight)
     tables = items.map_batches(answer, batch_format="pyarrow", batch_size=None, num_cpus=0, compute=compute)

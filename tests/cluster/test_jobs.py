@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.test_kill_and_resume import influences
-from tests.conftest import ROOT, SMALL, Driver, wait_for_ray_to_end
+from tests.conftest import ROOT, SMALL, Driver, processes_of, wait_for_end
 
 pytestmark = pytest.mark.slow
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -30,8 +29,10 @@ class Node:
     process: subprocess.Popen[bytes]
 
     def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
+        for process in processes_of(self.process.pid):
+            process.kill()
         self.process.wait()
+        wait_for_end(self.process.pid)
 
 
 def start_node(*arguments: str) -> Node:
@@ -57,21 +58,16 @@ def until(happened: Callable[[], object], timeout: float = 120) -> None:
 @pytest.fixture
 def cluster() -> Iterator[list[Node]]:
     """A head with the dashboard on port 18265 and a second node, one CPU each."""
-    wait_for_ray_to_end()
     head = start_node(
         "--head", "--port=16379", "--include-dashboard=true", "--dashboard-port=18265", "--metrics-export-port=18080"
     )
     until(lambda: answers("http://127.0.0.1:18265/api/version"))
     nodes = [head, start_node("--address=127.0.0.1:16379", "--metrics-export-port=18081")]
-    alive = "http://127.0.0.1:18265/nodes?view=summary"
-    until(
-        lambda: (answers(alive) or b"").count(b'"state": "ALIVE"') >= 2 or (answers(alive) or b"").count(b"ALIVE") >= 2
-    )
+    until(lambda: (answers("http://127.0.0.1:18265/nodes?view=summary") or b"").count(b"ALIVE") >= 2)
     yield nodes
     for node in reversed(nodes):
         if node.process.poll() is None:
             node.kill()
-    wait_for_ray_to_end()
 
 
 def submit(job: str, driver: Driver, *, wait: bool = True) -> subprocess.CompletedProcess[str]:

@@ -8,18 +8,12 @@ import subprocess
 import time
 from collections.abc import Callable
 
-import psutil
 import pytest
 
-from tests.conftest import Driver, wait_for_ray_to_end, wait_until
+from tests.conftest import Driver, processes_of, wait_for_end, wait_until
 
 pytestmark = pytest.mark.slow
 CopyUntil = Callable[[str], Driver]
-
-
-def processes_named(part: str) -> list[psutil.Process]:
-    """Processes whose title holds `part` (Ray names its workers `ray::...`)."""
-    return [p for p in psutil.process_iter(["cmdline"]) if any(part in arg for arg in p.info["cmdline"] or [])]
 
 
 def influences(driver: Driver) -> dict[str, tuple[float, float]]:
@@ -61,10 +55,11 @@ def test_scoring_worker_killed(small_run: Driver, copy_until: CopyUntil) -> None
     driver = copy_until("iteration_00/influence")
     process = driver.start(job="score")
     wait_until(lambda: len(driver.parts("iteration_00/influence")) >= 1, process, driver.log)
-    workers = processes_named("RayTrainWorker")
+    workers = processes_of(process.pid, "RayTrainWorker")
     assert workers
     workers[0].kill()
     assert process.wait(timeout=300) == 0, driver.log.read_text()[-4000:]
+    wait_for_end(process.pid)
     assert influences(driver) == influences(small_run)
 
 
@@ -81,10 +76,11 @@ def test_teacher_replica_killed(small_run: Driver, copy_until: CopyUntil) -> Non
     driver = copy_until("iteration_00/instructions")
     process = driver.start(job="synthesize")
     wait_until(lambda: len(driver.parts("iteration_00/instructions")) >= 1, process, driver.log)
-    replicas = processes_named("ray::ServeReplica")
+    replicas = processes_of(process.pid, "ray::ServeReplica")
     assert replicas
     replicas[0].kill()
     assert process.wait(timeout=400) == 0, driver.log.read_text()[-4000:]
+    wait_for_end(process.pid)
     rows = driver.rows("iteration_00/instructions")
     assert len({row["example_id"] for row in rows}) == len(rows)
     assert len(driver.rows("iteration_00/responses")) == sum(row["status"] == "kept" for row in rows)
@@ -103,4 +99,4 @@ def test_interrupt_stops_cleanly_and_says_how_to_go_on(copy_until: CopyUntil, si
         process.kill()
         raise
     assert "same command again" in driver.log.read_text()
-    wait_for_ray_to_end(timeout=15 - (time.monotonic() - began))
+    wait_for_end(process.pid, timeout=15 - (time.monotonic() - began))
