@@ -24,8 +24,8 @@ from montessori_ray.training.ray_train import start_training, stop_training, tra
 LOOK_S = 0.5
 """Seconds between looks at the ledger."""
 
-GOODBYE_S = 10.0
-"""Seconds groups get to end by themselves when all rows are in."""
+GOODBYE_S = 60.0
+"""Seconds groups get to end by themselves when all rows are in; a busy machine takes ten to stop their processes."""
 
 
 def score_examples(
@@ -89,8 +89,6 @@ def score_examples(
         ray.wait(list(groups.values()), num_returns=len(groups), timeout=GOODBYE_S)
         return pump.summary()
     finally:
-        for training in groups.values():
-            ray.cancel(training)
         for training in groups.values():
             stop_training(training)
         ray.kill(ledger)

@@ -115,6 +115,10 @@ def training_result(training: ray.ObjectRef[dict[str, Any]]) -> dict[str, Any]:
 
 def stop_training(training: ray.ObjectRef[dict[str, Any]]) -> None:
     """Stop a run: when this returns its workers and placement group are gone. A finished run is left alone."""
+    # Never a finished run: Ray 2.60 aborts the driver when a task it is told to cancel completes at that moment ("Tried
+    # to complete task that was not pending").
+    if ray.wait([training], timeout=0)[0]:
+        return
     ray.cancel(training)  # reaches Ray Train's interrupt handler, which aborts the controller and its workers
     stopped, _ = ray.wait([training], timeout=STOP_TIMEOUT_S)
     if not stopped:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,11 +117,15 @@ def score(
 
 
 def scoring_worker() -> int:
-    """Process id of a worker that runs a scoring loop."""
-    for process in Path("/proc").glob("[0-9]*"):
-        if process.joinpath("cmdline").read_bytes().startswith(b"ray::RayTrainWorker"):
-            return int(process.name)
-    raise AssertionError("no Ray Train worker is running")
+    """Process id of a worker of this process's cluster that runs a scoring loop."""
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    processes = [line.split(maxsplit=2) for line in listed.splitlines()]
+    mine = {pid for pid, parent, *_ in processes if parent == str(os.getpid())}  # the raylet is among them
+    return next(
+        int(pid)
+        for pid, parent, *command in processes
+        if parent in mine and command and command[0].startswith("ray::RayTrainWorker")
+    )
 
 
 def alone(student: Path, examples: list[dict[str, Any]], **settings: Any) -> dict[str, tuple[Any, ...]]:

@@ -310,8 +310,6 @@ def test_another_model_takes_the_place_of_the_hosted_one(
     pool.host(teachers[1])
     assert gone(processes, within_s=0.5)
     assert generate(client, one) != of_first
-    pool.host(teachers[0])
-    assert generate(client, one) == of_first
 
 
 @pytest.mark.slow
@@ -334,8 +332,8 @@ def test_a_directory_without_a_model_is_refused(pool: TeacherPool, tmp_path) -> 
 
 @pytest.mark.slow
 def test_vllms_own_reason_is_told(pool: TeacherPool, teachers: tuple[str, str]) -> None:
-    starved = TeacherPool(POOL.model_copy(update={"kv_cache_gb": 0.0001}), name="starved")
-    with pytest.raises(ModelError, match=r"could not start on .* KV cache"):
+    starved = TeacherPool(POOL.model_copy(update={"kv_cache_gb": 0.0005}), name="starved")
+    with pytest.raises(ModelError, match=r"could not start on .* ValueError: .* KV cache"):
         starved.host(teachers[0])
 
 
