@@ -79,6 +79,8 @@ class Driver:
         wait_until(happened, process, self.log, timeout)
         process.send_signal(signal.SIGKILL)
         process.wait()
+        for agent in processes_of(process.pid, "Agent"):
+            agent.kill()  # Ray's agents notice the death of their node late; they hold nothing a run needs
         wait_for_end(process.pid)
 
     def rows(self, artifact: str) -> list[dict[str, Any]]:
@@ -130,7 +132,12 @@ def wait_for_end(session: int, timeout: float = 60) -> None:
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> Driver:
-    """A complete, undisturbed small loop on the real model; treat it as read-only."""
+    """A complete, undisturbed small loop on the real model; treat it as read-only.
+
+    `SMALL_RUN=DIR` takes the one an earlier test session left there, for work on these tests.
+    """
+    if kept := os.environ.get("SMALL_RUN"):
+        return Driver(Path(kept))
     driver = Driver(tmp_path_factory.mktemp("small") / "run")
     driver.finish()
     return driver

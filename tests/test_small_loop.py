@@ -52,7 +52,7 @@ def test_teacher_is_tuned_and_evaluated(small_run: Driver) -> None:
     result = run.artifact("final/evaluation").require().details
     assert set(result["losses"]) == {"original", "warmed", "trained"}
     assert result["losses"]["trained"]["held_out"]["mean"] < result["losses"]["original"]["held_out"]["mean"]
-    assert set(result["fresh"]) == {"original", "after iteration 0"}
+    assert set(result["fresh"]) == {"original", "tuned 1x"}
     printed = small_run.log.read_text()
     assert "held-out change" in printed
     assert str(small_run.run) in printed

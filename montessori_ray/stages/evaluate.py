@@ -92,7 +92,7 @@ def _fresh_summary(context: StageContext) -> dict[str, Any]:
         }
         if number:
             entry["change"] = {"mean": entry["mean"] - first["mean"], "se": hypot(entry["se"], first["se"])}
-        summary["original" if number == 0 else f"after iteration {number - 1}"] = entry
+        summary["original" if number == 0 else f"tuned {number}x"] = entry
     return summary
 
 

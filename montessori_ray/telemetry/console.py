@@ -111,7 +111,7 @@ def _said(manifest: Manifest) -> str:
 def stage_table(manifests: Sequence[tuple[Stage, Manifest]]) -> Table:
     """What each finished stage made, how long it took and the most memory it used."""
     table = Table(title="Stages", box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("stage")
+    table.add_column("stage", no_wrap=True)
     for name in ("rows", "time", "peak GB"):
         table.add_column(name, justify="right")
     for stage, manifest in manifests:
@@ -126,7 +126,7 @@ def stage_table(manifests: Sequence[tuple[Stage, Manifest]]) -> Table:
 def result_tables(details: dict[str, Any]) -> list[Table]:
     """Losses of the students, and influence of fresh instructions of the teachers; ± is one standard error."""
     losses = Table(title="Loss of the student (lower is better)", box=box.SIMPLE_HEAD, title_justify="left")
-    losses.add_column("student")
+    losses.add_column("student", no_wrap=True)
     for name in ("reference", "held-out", "held-out change"):
         losses.add_column(name, justify="right", no_wrap=True)
     for name, row in details["losses"].items():
@@ -142,7 +142,7 @@ def result_tables(details: dict[str, Any]) -> list[Table]:
         fresh = Table(
             title="Influence of fresh instructions (negative helps)", box=box.SIMPLE_HEAD, title_justify="left"
         )
-        fresh.add_column("teacher")
+        fresh.add_column("teacher", no_wrap=True)
         for name in ("scored", "mean influence", "helpful", "change"):
             fresh.add_column(name, justify="right", no_wrap=True)
         for name, row in details["fresh"].items():

@@ -247,6 +247,14 @@ class TeacherTrainer(DPOTrainer):
     in memory on every rank: TRL's own way needs a folder that all ranks share.
     """
 
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        if self._precompute_engine is not None:
+            # With ZeRO 3 its hooks would gather weights beside the training engine's own, by an order that is past:
+            # "pop from an empty deque" in a later forward pass.
+            self._precompute_engine.destroy()
+            self._precompute_engine = None
+
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset
 

@@ -26,7 +26,7 @@ def influences(driver: Driver) -> dict[str, tuple[float, float]]:
 
 def test_driver_killed_while_instructions_are_written(small_run: Driver, copy_until: CopyUntil) -> None:
     driver = copy_until("iteration_00/instructions")
-    process = driver.start(job="synthesize")
+    process = driver.start("--iteration", "0", job="synthesize")
     driver.kill_when(process, lambda: len(driver.parts("iteration_00/instructions")) >= 2)
     committed = driver.parts("iteration_00/instructions")
     assert not (driver.run / "iteration_00/instructions/manifest.json").exists()
@@ -74,7 +74,7 @@ def test_driver_killed_while_the_teacher_is_tuned(small_run: Driver, copy_until:
 
 def test_teacher_replica_killed(small_run: Driver, copy_until: CopyUntil) -> None:
     driver = copy_until("iteration_00/instructions")
-    process = driver.start(job="synthesize")
+    process = driver.start("--iteration", "0", job="synthesize")
     wait_until(lambda: len(driver.parts("iteration_00/instructions")) >= 1, process, driver.log)
     replicas = processes_of(process.pid, "ray::ServeReplica")
     assert replicas

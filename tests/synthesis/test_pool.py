@@ -257,9 +257,10 @@ def test_a_stop_text_ends_a_sample_and_is_part_of_it(client: PoolClient) -> None
 
 @pytest.mark.slow
 def test_a_crowd_of_seeded_prompts_does_not_crash_the_engine(client: PoolClient) -> None:
-    # 60 prompts of 400 tokens are more than a batch holds, and more than the KV cache holds: both make vLLM cut prompts
-    # into chunks where it may, which crashes with seeds on CPUs.
-    requests = [request(f"{i:03d}" + "x" * 396, n=2, seed=2 * i, max_tokens=24) for i in range(60)]
+    # 60 prompts of 380 tokens are more than a batch of 4,096 holds, which has vLLM cut a prompt where it may, and that
+    # crashes with seeds on CPUs. Each sample then needs one cache block (128 tokens) more than its prompt, and of the
+    # 40 blocks none is left: sequences are preempted and prefilled again.
+    requests = [request(f"{i:03d}" + "x" * 376, n=2, seed=2 * i, max_tokens=24) for i in range(60)]
     results = list(client.generate_all(requests, concurrency=60))
     assert [index for index, _ in results] == list(range(60))
     assert all(len(samples) == 2 for _, samples in results)

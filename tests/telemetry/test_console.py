@@ -111,7 +111,7 @@ LOSSES: dict[str, Any] = {
 }
 FRESH: dict[str, Any] = {
     "original": {"scored": 32, "mean": -0.00074, "se": 0.00006, "share_helpful": 0.609},
-    "after iteration 0": {
+    "tuned 1x": {
         "scored": 31,
         "mean": -0.00365,
         "se": 0.00008,
@@ -133,7 +133,7 @@ def test_result_tables_show_means_changes_and_standard_errors() -> None:
         ["Influence of fresh instructions (negative helps)"],
         ["teacher", "scored", "mean influence", "helpful", "change"],
         ["original", "32", "-7.40e-04 \u00b1 6.0e-05", "61%"],
-        ["after iteration 0", "31", "-3.65e-03 \u00b1 8.0e-05", "93%", "-2.91e-03 \u00b1 1.0e-04"],
+        ["tuned 1x", "31", "-3.65e-03 \u00b1 8.0e-05", "93%", "-2.91e-03 \u00b1 1.0e-04"],
     ]
 
 
@@ -183,7 +183,7 @@ def test_summary_shows_finished_stages_the_result_and_where_the_run_is(
     evaluation.commit(details={"losses": LOSSES, "fresh": FRESH}, seconds=2.0, columns={"loss": "double"})
     console.summary(run, [stage("final/evaluation"), stage("final/unfinished")])
     shown = buffer.getvalue()
-    for text in ("final/evaluation", "Loss of the student", "after iteration 0", f"run: {run.root}"):
+    for text in ("final/evaluation", "Loss of the student", "tuned 1x", f"run: {run.root}"):
         assert text in shown
     assert "final/unfinished" not in shown
 
