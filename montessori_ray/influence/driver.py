@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,21 +70,17 @@ def score_examples(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = LedgerActor
     ledger = actor.options(scheduling_strategy=here).remote(settings.lease_size, settings.lease_timeout_s)
-    shared = {"ledger": ledger, "student": student, "reference": tuple(reference), "settings": settings}
-    shared |= {"chat_template": chat_template, "max_length": max_length}
-    groups: dict[str, ray.ObjectRef[dict[str, Any]]] = {}
+    group = Group(
+        name="group-0",
+        ledger=ledger,
+        student=student,
+        reference=tuple(reference),
+        settings=settings,
+        chat_template=chat_template,
+        max_length=max_length,
+    )
+    groups = _start_groups(group, name, storage)
     try:
-        for index in range(settings.groups):
-            group = Group(name=f"group-{index}", **shared)
-            groups[group.name] = start_training(
-                score_loop,
-                {"group": group},
-                name=f"{name}-{group.name}",
-                storage=storage,
-                workers=settings.group_size,
-                worker=settings.worker,
-                max_failures=settings.max_group_failures,
-            )
         pump = _Pump(ledger, groups, settings, on_rows, progress, total, done)
         pump.run(examples)
         ray.wait(list(groups.values()), num_returns=len(groups), timeout=GOODBYE_S)
@@ -92,6 +89,24 @@ def score_examples(
         for training in groups.values():
             stop_training(training)
         ray.kill(ledger)
+
+
+def _start_groups(first: Group, name: str, storage: str) -> dict[str, ray.ObjectRef[dict[str, Any]]]:
+    """Start `settings.groups` Ray Train runs, each like `first`; by group name."""
+    settings = first.settings
+    groups = [replace(first, name=f"group-{index}") for index in range(settings.groups)]
+    return {
+        group.name: start_training(
+            score_loop,
+            {"group": group},
+            name=f"{name}-{group.name}",
+            storage=storage,
+            workers=settings.group_size,
+            worker=settings.worker,
+            max_failures=settings.max_group_failures,
+        )
+        for group in groups
+    }
 
 
 class _Pump:

@@ -31,7 +31,7 @@ POOL = Pool(
     kv_cache_gb=0.01,  # 5,120 tokens of the tiny model: busy tests preempt sequences, which are then prefilled again
     dtype="float32",
     engine={"enforce_eager": True},
-    start_timeout_s=120,
+    start_timeout_s=300,
 )
 
 
