@@ -84,11 +84,20 @@ def score_examples(
         pump = _Pump(ledger, groups, settings, on_rows, progress, total, done)
         pump.run(examples)
         ray.wait(list(groups.values()), num_returns=len(groups), timeout=GOODBYE_S)
-        return pump.summary()
-    finally:
-        for training in groups.values():
-            stop_training(training)
-        ray.kill(ledger)
+    except KeyboardInterrupt:
+        raise  # the driver ends, and Ray ends with it all that it started; see `stop_training` on cancelling
+    except BaseException:
+        _stop(groups, ledger)
+        raise
+    _stop(groups, ledger)
+    return pump.summary()
+
+
+def _stop(groups: dict[str, ray.ObjectRef[dict[str, Any]]], ledger: Any) -> None:
+    """Give back what scoring holds of the cluster."""
+    for training in groups.values():
+        stop_training(training)
+    ray.kill(ledger)
 
 
 def _start_groups(first: Group, name: str, storage: str) -> dict[str, ray.ObjectRef[dict[str, Any]]]:

@@ -93,7 +93,7 @@ def start_training(
 
 
 def training_result(training: ray.ObjectRef[dict[str, Any]]) -> dict[str, Any]:
-    """Wait for a started run; an exception here (Ctrl-C) stops the run and frees its workers before it goes on.
+    """Wait for a started run; an exception here stops the run and frees its workers before it goes on.
 
     Raises:
         TrainingFailed: see the class.
@@ -108,6 +108,8 @@ def training_result(training: ray.ObjectRef[dict[str, Any]]) -> dict[str, Any]:
         if isinstance(error.cause, TrainingFailed):
             raise error.cause from None
         raise
+    except KeyboardInterrupt:
+        raise  # the driver ends, and Ray ends with it all that it started; see `stop_training` on cancelling
     except BaseException:
         stop_training(training)
         raise

@@ -1,9 +1,6 @@
-"""Ray Train runs that fail, cannot be placed, or are interrupted. The loops are closures: pickled by value."""
+"""Ray Train runs that fail or cannot be placed. The loops are closures: pickled by value."""
 
 import os
-import signal
-import threading
-import time
 
 import pytest
 import ray
@@ -76,31 +73,3 @@ def test_what_finds_no_room_fails_instead_of_waiting(cluster, tmp_path):
         run_training(
             dict, {}, name="huge", storage=str(tmp_path), workers=2, worker=WorkerResources(cpus=4), max_failures=1
         )
-
-
-@pytest.mark.slow
-def test_an_interrupt_stops_the_workers_before_it_goes_on(cluster, tmp_path):
-    def loop(settings):
-        (settings["folder"] / "started").touch()
-        time.sleep(1000)
-
-    def interrupt_when_started():
-        while not (tmp_path / "started").exists():
-            time.sleep(0.2)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=interrupt_when_started, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        run_training(
-            loop, {"folder": tmp_path}, name="endless", storage=str(tmp_path), workers=2, worker=WorkerResources()
-        )
-    groups = ray.util.placement_group_table().values()
-    assert {group["state"] for group in groups} <= {"REMOVED"}
-
-    def quick(settings):
-        return {"ran": True}
-
-    after = run_training(
-        quick, {}, name="after", storage=str(tmp_path), workers=2, worker=WorkerResources(), max_failures=0
-    )
-    assert after == {"ran": True}
