@@ -192,6 +192,7 @@ def trl_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """Undoes `score_completions_only` and keeps DeepSpeed, which needs a process group, out of unit tests."""
     monkeypatch.setattr("trl.trainer.utils._use_triton", _use_triton)
     monkeypatch.setattr(dpo, "deepspeed_config", lambda tuning: None)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)  # tests that made this process a scoring group set it
 
 
 @pytest.mark.parametrize("completions_only", [False, True])
