@@ -30,7 +30,7 @@ POOL = Pool(
     max_num_seqs=64,
     kv_cache_gb=0.01,  # 5,120 tokens of the tiny model: busy tests preempt sequences, which are then prefilled again
     dtype="float32",
-    engine={"enforce_eager": True},
+    engine={"enforce_eager": True, "max_num_batched_tokens": CONTEXT},  # the least vLLM takes: one long prompt a batch
     start_timeout_s=300,
 )
 
@@ -257,9 +257,9 @@ def test_a_stop_text_ends_a_sample_and_is_part_of_it(client: PoolClient) -> None
 
 @pytest.mark.slow
 def test_a_crowd_of_seeded_prompts_does_not_crash_the_engine(client: PoolClient) -> None:
-    # 60 prompts of 380 tokens are more than a batch of 4,096 holds, which has vLLM cut a prompt where it may, and that
-    # crashes with seeds on CPUs. Each sample then needs one cache block (128 tokens) more than its prompt, and of the
-    # 40 blocks none is left: sequences are preempted and prefilled again.
+    # A batch of 512 tokens holds one prompt of 380 and a piece of the next, and that piece crashes seeded requests on
+    # CPUs where vLLM may cut (this test fails with enable_chunked_prefill). Each sample then needs one cache block (128
+    # tokens) more than its prompt, and of the 40 blocks none is left: sequences are preempted and prefilled again.
     requests = [request(f"{i:03d}" + "x" * 376, n=2, seed=2 * i, max_tokens=24) for i in range(60)]
     results = list(client.generate_all(requests, concurrency=60))
     assert [index for index, _ in results] == list(range(60))
