@@ -23,8 +23,9 @@ from montessori_ray.cluster import address_of, cluster_nodes, connected, require
 from montessori_ray.config import Config, load_config
 from montessori_ray.errors import RunError, UserError
 from montessori_ray.session import open_run
-from montessori_ray.telemetry.console import clock, stage_table
+from montessori_ray.telemetry.console import clock, say_progress, stage_table
 from montessori_ray.telemetry.events import read_events
+from montessori_ray.telemetry.progress import Progress
 
 Arguments = ParamSpec("Arguments")
 app = typer.Typer(
@@ -143,10 +144,9 @@ def status(directory: Annotated[str, typer.Argument(metavar="RUN", help="the run
         if event["event"] in ("progress", "session_ended", "stage_finished"):
             latest = event
     if latest and latest["event"] == "progress":
-        rate = f", {latest['rate']:.2f}/s" if latest["rate"] else ""
-        left = f", {clock((latest['total'] - latest['done']) / latest['rate'])} left" if latest["rate"] else ""
-        ago = clock(time.time() - latest["time"])
-        typer.echo(f"{latest['stage']}: {latest['done']}/{latest['total']} {latest['unit']}{rate}{left} ({ago} ago)")
+        progress = Progress(**{name: latest[name] for name in ("done", "total", "unit", "note")})
+        ago = time.time() - latest["time"]
+        typer.echo(f"{latest['stage']}: {say_progress(progress, latest['rate'], ago)} ({clock(ago)} ago)")
 
 
 @app.command("prune-student")

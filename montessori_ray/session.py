@@ -49,15 +49,17 @@ class Session:
         self._exit = ExitStack()
         self._board: Any = None
         self._pool: TeacherPool | None = None
-        self._hosted: str | None = None
 
     def __enter__(self) -> Self:
-        self._exit.enter_context(self.run.lock())
-        self.events = EventLog(self.run.storage)
-        self._exit.callback(self.events.flush)
-        self._tracker: Tracker = open_tracker(self.config.telemetry, self.run.root, self.config.model_dump(mode="json"))
-        self._exit.callback(self._tracker.close)
-        self.events.write("session_started", run=self.run.root, pid=os.getpid())
+        with self._exit:  # what is open is closed again when something here fails
+            self._exit.enter_context(self.run.lock())
+            self.events = EventLog(self.run.storage)
+            self._exit.callback(self.events.flush)
+            settings = self.config.model_dump(mode="json")
+            self._tracker: Tracker = open_tracker(self.config.telemetry, self.run.root, settings)
+            self._exit.callback(self._tracker.close)
+            self.events.write("session_started", run=self.run.root, pid=os.getpid())
+            self._exit = self._exit.pop_all()
         return self
 
     def write_config(self) -> None:
@@ -127,7 +129,6 @@ class Session:
         if stage.teacher is None:
             if self._pool is not None and stage.bundles and not self.config.pool.resident:
                 self._pool.release()
-                self._hosted = None
             return None
         if self._pool is None:
             # Runs may share a cluster; the next session of a killed one takes its pool over by this name.
@@ -135,9 +136,7 @@ class Session:
             self._pool = TeacherPool(self.config.pool, name=name)
             # A cluster of its own ends with the session; another one must be left as it was found.
             self._exit.callback(self._pool.release if self._own_cluster else self._pool.close)
-        if stage.teacher != self._hosted:
-            started = time.monotonic()
-            self._pool.host(str(self.run.artifact(stage.teacher).model_path()))
-            self._hosted = stage.teacher
+        started = time.monotonic()
+        if self._pool.host(str(self.run.artifact(stage.teacher).model_path())):
             self.note(f"teacher pool serves {stage.teacher}, up in {time.monotonic() - started:.0f} s")
         return self._pool.client()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from math import hypot, sqrt
-from statistics import fmean, stdev
+from math import hypot
 from typing import Any
 
 import ray
 
+from montessori_ray.evaluation.statistics import mean_se
 from montessori_ray.stages.base import StageContext
 
 SETS = ("reference", "held_out")
@@ -67,10 +67,10 @@ def _loss_summary(losses: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
     for student, by_set in losses.items():
         summary[student] = {}
         for name, values in by_set.items():
-            entry: dict[str, Any] = _mean_se(values)
+            entry: dict[str, Any] = mean_se(values)
             if student != "original":
                 original = losses["original"][name]
-                entry["change"] = _mean_se([now - before for now, before in zip(values, original, strict=True)])
+                entry["change"] = mean_se([now - before for now, before in zip(values, original, strict=True)])
             summary[student][name] = entry
     return summary
 
@@ -83,10 +83,10 @@ def _fresh_summary(context: StageContext) -> dict[str, Any]:
             by_teacher.setdefault(_teacher_of(row["example_id"]), []).append(row["influence"])
     names = sorted(by_teacher, key=lambda name: (name == "final", name))
     summary: dict[str, Any] = {}
-    first = _mean_se(by_teacher[names[0]])
+    first = mean_se(by_teacher[names[0]])
     for number, name in enumerate(names):
         values = by_teacher[name]
-        entry: dict[str, Any] = _mean_se(values) | {
+        entry: dict[str, Any] = mean_se(values) | {
             "scored": len(values),
             "share_helpful": sum(value < 0 for value in values) / len(values),
         }
@@ -99,8 +99,3 @@ def _fresh_summary(context: StageContext) -> dict[str, Any]:
 def _teacher_of(example_id: str) -> str:
     """`iteration_00-fresh-p000001-2` -> `iteration_00`: the place in the loop where that teacher wrote."""
     return example_id.rsplit("-fresh-", 1)[0]
-
-
-def _mean_se(values: list[float]) -> dict[str, float]:
-    se = stdev(values) / sqrt(len(values)) if len(values) > 1 else 0.0
-    return {"mean": fmean(values), "se": se}

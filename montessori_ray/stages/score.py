@@ -7,6 +7,7 @@ from itertools import islice
 from statistics import fmean, stdev
 from typing import Any
 
+from montessori_ray.evaluation.statistics import mean_se
 from montessori_ray.stages.base import StageContext
 
 ROWS_A_CHUNK = 256
@@ -55,8 +56,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     noise = [row["influence_se"] for row in rows if row["influence_se"] is not None]
     return {
         "scored": len(influences),
-        "mean_influence": fmean(influences),
-        "mean_influence_se": stdev(influences) / len(influences) ** 0.5 if len(influences) > 1 else None,
+        "influence": mean_se(influences),
         "spread": stdev(influences) if len(influences) > 1 else None,
         "share_helpful": sum(value < 0 for value in influences) / len(influences),
         "mean_se_over_reference": fmean(noise) if noise else None,

@@ -89,11 +89,11 @@ class TeacherPool:
         self._name = name
         self._hosted: str | None = None
 
-    def host(self, model_dir: str) -> None:
+    def host(self, model_dir: str) -> bool:
         """Have all replicas serve a model directory, and return when they are healthy.
 
         The directory must be visible from every node that may get a replica. Hosting the model already hosted does
-        nothing; another model's replicas are ended before the new ones start.
+        nothing and returns False; another model's replicas are ended before the new ones start.
 
         Raises:
             ModelError: vLLM cannot serve the directory with these settings.
@@ -101,7 +101,7 @@ class TeacherPool:
         """
         model_dir = os.path.abspath(model_dir)
         if model_dir == self._hosted:
-            return
+            return False
         self.release()
         serve.start(proxy_location=ProxyLocation.Disabled, logging_config=_QUIET)
         deployment = _deployment(self._config).bind(model_dir, self._config)
@@ -113,6 +113,7 @@ class TeacherPool:
             self.release()
             raise
         self._hosted = model_dir
+        return True
 
     def client(self) -> PoolClient:
         """A client of this pool; it stays valid when the pool hosts another model."""

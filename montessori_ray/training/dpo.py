@@ -70,7 +70,6 @@ class DpoSettings:
     tuning: TuneTeacher
     seed: int
     append_eos: bool
-    trust_remote_code: bool
     progress: ProgressChannel
 
 
@@ -85,7 +84,6 @@ def tune_teacher(
     name: str,
     storage: str,
     progress: ProgressChannel,
-    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Tune the teacher on preference pairs and save it; continues a run of the same `name` and `storage`.
 
@@ -100,7 +98,6 @@ def tune_teacher(
         name: name of the training, one for each set of inputs and settings.
         storage: folder or URL of its checkpoints.
         progress: where steps, loss, reward margin and reward accuracy go.
-        trust_remote_code: run the model folder's own code.
 
     Returns:
         `pairs` (counts `train`, `evaluation`, `dropped`: prompt too long), `train` (`steps`, mean `loss`, and the last
@@ -118,7 +115,6 @@ def tune_teacher(
         tuning=settings,
         seed=seed,
         append_eos=append_eos,
-        trust_remote_code=trust_remote_code,
         progress=progress,
     )
     return run_training(
@@ -135,16 +131,16 @@ def dpo_loop(settings: dict[str, Any]) -> dict[str, Any]:
     score_completions_only()
     # Ray Train has initialized torch.distributed; DeepSpeed must know before a ZeRO 3 model counts ranks as it loads.
     deepspeed.init_distributed()
-    tokenizer = AutoTokenizer.from_pretrained(told.model, trust_remote_code=told.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(told.model)
     pairs = read_pairs(told.pairs)
     kept = drop_long_prompts(pairs, tokenizer, told.tuning.max_length)
     training, evaluation = split_by_prompt(kept, told.tuning.eval_fraction, told.seed)
     with TemporaryDirectory() as folder:
         # Before the model: with ZeRO 3 the arguments decide how it is loaded.
         arguments = training_arguments(told.tuning, folder, told.seed, num_pairs=len(training))
-        model = AutoModelForCausalLM.from_pretrained(
-            told.model, dtype=torch.float32, trust_remote_code=told.trust_remote_code
-        )
+        steps = num_steps(told.tuning, len(training))
+        told.progress.update(0, steps, unit="steps", note="log-probabilities of the untuned teacher")
+        model = AutoModelForCausalLM.from_pretrained(told.model, dtype=torch.float32)
         trainer = TeacherTrainer(
             model=model,
             args=arguments,
@@ -333,7 +329,7 @@ def pair_metrics(
 def training_arguments(tuning: TuneTeacher, folder: str, seed: int, *, num_pairs: int) -> DPOConfig:
     """TRL's arguments for these settings; `folder` takes checkpoints until they are reported."""
     accumulation = tuning.batch_size // (tuning.micro_batch_size * tuning.workers)
-    steps = tuning.epochs * math.ceil(num_pairs / tuning.batch_size)
+    steps = num_steps(tuning, num_pairs)
     optimizer = tuning.optimizer
     return DPOConfig(
         output_dir=folder,
@@ -371,6 +367,11 @@ def training_arguments(tuning: TuneTeacher, folder: str, seed: int, *, num_pairs
         report_to=[],
         disable_tqdm=True,
     )
+
+
+def num_steps(tuning: TuneTeacher, num_pairs: int) -> int:
+    """Optimizer steps of the whole training; the last one of an epoch may have fewer pairs."""
+    return tuning.epochs * math.ceil(num_pairs / tuning.batch_size)
 
 
 def deepspeed_config(tuning: TuneTeacher) -> dict[str, Any]:
@@ -458,7 +459,7 @@ def save_teacher(trainer: TeacherTrainer, told: DpoSettings) -> None:
     """
     model = cast("PreTrainedModel", trainer.accelerator.unwrap_model(trainer.model))
     model.generation_config = GenerationConfig()  # saving one checks it strictly, which some published ones fail
-    tokenizer = AutoTokenizer.from_pretrained(told.model, trust_remote_code=told.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(told.model)
     writes = trainer.is_world_process_zero()
     with Storage(told.output).folder_writer("") if writes else nullcontext(Path()) as folder:
         save_weights(trainer.model_wrapped, model, tokenizer, folder)
@@ -468,7 +469,7 @@ def save_teacher(trainer: TeacherTrainer, told: DpoSettings) -> None:
 
 def keep_configuration(told: DpoSettings, folder: Path) -> None:
     """The original's model and generation configuration, which the trainer changed (padding token, `use_cache`)."""
-    config = AutoConfig.from_pretrained(told.model, trust_remote_code=told.trust_remote_code)
+    config = AutoConfig.from_pretrained(told.model)
     config.dtype = torch.float32
     config.save_pretrained(folder)
     original = told.model / GENERATION_CONFIG
