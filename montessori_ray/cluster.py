@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -33,6 +35,7 @@ def connected(cluster: Cluster) -> Iterator[str]:
     for name in ("ray", "ray.serve", "ray.train"):  # the run's own console says what matters
         logging.getLogger(name).setLevel(logging.ERROR)
     address = address_of(cluster)
+    on_termination = signal.getsignal(signal.SIGTERM)
     try:
         if address:
             context = ray.init(
@@ -42,6 +45,8 @@ def connected(cluster: Cluster) -> Iterator[str]:
             # Few cores run many waiting processes here; Ray would warn of "8 workers on 2 cores" again and again.
             startups = max(16, psutil.cpu_count() or 1)
             os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(startups))
+            # Ray keeps as many idle processes as there are cores, with all that their last task imported (0.6 GB each).
+            os.environ.setdefault("RAY_num_workers_soft_limit", "0")
             context = ray.init(
                 address="local",
                 num_cpus=cluster.num_cpus,
@@ -53,6 +58,8 @@ def connected(cluster: Cluster) -> Iterator[str]:
             )
     except (ConnectionError, TimeoutError, RuntimeError) as error:
         raise ResourceError(f"no Ray cluster answers at {address or 'this machine'}: {error}") from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_termination)  # ray.init put its own in place, which aborts
     try:
         dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else "off"
         yield f"{address or 'a cluster of its own'}, dashboard {dashboard}"

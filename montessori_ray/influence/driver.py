@@ -17,8 +17,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from montessori_ray.config import Score as ScoreSettings
 from montessori_ray.errors import ResourceError, UserError
-from montessori_ray.influence.groups import Group, LedgerActor, LedgerState, score_loop
+from montessori_ray.influence.groups import Group, score_loop
 from montessori_ray.influence.ledger import Row
+from montessori_ray.influence.ledger_actor import LedgerActor, LedgerState
 from montessori_ray.telemetry.progress import ProgressChannel
 from montessori_ray.training.ray_train import start_training, stop_training, training_result
 

@@ -4,7 +4,7 @@ The ledger holds only what is open: an example comes in with `extend`, goes out 
 its row, and is forgotten when the driver has drained that row. So it never grows with the data set, and a row that
 comes in a second time (from a lease that had been given up) is recognised by its example not being open any more.
 
-Plain Python; `groups.LedgerActor` puts it behind Ray.
+Plain Python; `ledger_actor.LedgerActor` puts it behind Ray.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import ray
 import torch
+from ray import cloudpickle
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.train import UserCallback
 from ray.train.torch import TorchConfig
@@ -89,7 +90,8 @@ def start_training(
 ) -> ray.ObjectRef[dict[str, Any]]:
     """`run_training` without the wait: several runs at once. Hand the reference to `training_result`."""
     fit = _fit.options(name=f"train:{name}", max_retries=max_failures)
-    return fit.remote(loop, settings, name, storage, workers, worker, max_failures)
+    # As bytes: only the workers import what the loop needs, not the two processes of Ray Train between here and them.
+    return fit.remote(cloudpickle.dumps((loop, settings)), name, storage, workers, worker, max_failures)
 
 
 def training_result(training: ray.ObjectRef[dict[str, Any]]) -> dict[str, Any]:
@@ -130,8 +132,7 @@ def stop_training(training: ray.ObjectRef[dict[str, Any]]) -> None:
 
 @ray.remote(num_cpus=0)
 def _fit(
-    loop: Loop,
-    settings: dict[str, Any],
+    call: bytes,
     name: str,
     storage: str,
     workers: int,
@@ -144,7 +145,7 @@ def _fit(
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_S))
     trainer = TorchTrainer(
         _run_loop,
-        train_loop_config={"loop": loop, "settings": settings, "threads": None if worker.gpus else worker.threads},
+        train_loop_config={"call": call, "threads": None if worker.gpus else worker.threads},
         torch_config=TorchConfig(backend="nccl" if worker.gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=worker.gpus > 0, resources_per_worker=worker.bundle, placement_strategy="PACK"
@@ -177,8 +178,8 @@ def _run_loop(config: dict[str, Any]) -> dict[str, Any] | None:
     the main thread does not reach."""
     if config["threads"] is not None:
         torch.set_num_threads(config["threads"])
-    loop: Loop = config["loop"]
-    return loop(config["settings"])
+    loop, settings = cloudpickle.loads(config["call"])
+    return cast(Loop, loop)(settings)
 
 
 class _FailOnUserError(UserCallback):
