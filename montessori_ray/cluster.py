@@ -45,8 +45,6 @@ def connected(cluster: Cluster) -> Iterator[str]:
             # Few cores run many waiting processes here; Ray would warn of "8 workers on 2 cores" again and again.
             startups = max(16, psutil.cpu_count() or 1)
             os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(startups))
-            # Ray keeps as many idle processes as there are cores, with all that their last task imported (0.6 GB each).
-            os.environ.setdefault("RAY_num_workers_soft_limit", "0")
             context = ray.init(
                 address="local",
                 num_cpus=cluster.num_cpus,

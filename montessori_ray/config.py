@@ -307,13 +307,32 @@ class Score(Section):
             "lease_size",
             "lease_timeout_s",
             "max_group_failures",
+            "backend",
+            "compile",
             "reference_tokens",
             "verify_every",
         }
     )
 
-    estimator: Literal["exact"] = "exact"
-    """`exact`: one AdamW step on the example, then the whole reference loss (the paper's definition)."""
+    estimator: Literal["exact", "first_order", "corrected"] = "exact"
+    """All take the exact AdamW step on the example. `exact`: then the whole reference loss (the paper's definition).
+    `first_order`: the step's inner product with the gradient of the reference loss instead. `corrected`: the loss of
+    `correction_rows` reference rows, and only the rest from gradients."""
+    correction_rows: Count = 16
+    """Reference rows that `corrected` measures."""
+    recheck: Annotated[int, Field(ge=0)] = 16
+    """Examples (about; whole few-shot prompts) scored with `exact` in float32 as well: what the estimator and the
+    precision cost is measured in every run, and no pair is made of scores below it. 0: none."""
+    loss_mean: Literal["example", "token", "batch"] = "example"
+    """What the reference loss is a mean of: reference rows, their response tokens, or batches of `loss_batch` rows with
+    the mean of each batch's tokens (the paper's published code)."""
+    loss_batch: Count = 8
+    """Rows of a batch for `loss_mean: batch`."""
+    reference_rows: Count | None = None
+    """Reference rows that are used, drawn with a fixed seed; None takes all."""
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
+    """Forward and backward passes; weights, moments and the step are float32 always. `auto`: float32 on CPUs, tf32 on
+    GPUs. bfloat16 put noise of a quarter of the spread into scores of the prototype, and 20 % of the signs changed."""
     baseline: Literal["null_step", "warmed"] = "null_step"
     """What an example's reference loss is compared with: the loss after a step with a zero gradient (`null_step`,
     removes the momentum drift, which is larger than the spread of all scores; measured), or the loss of the warmed
@@ -334,10 +353,28 @@ class Score(Section):
     """Seconds after which a lease that was not returned is given to another group."""
     max_group_failures: Annotated[int, Field(ge=0)] = 3
     """Times a scoring group is started again after it died."""
+    backend: Literal["auto", "local", "zero"] = "auto"
+    """`local`: the whole student on one device (20 bytes a weight). `zero`: in a DeepSpeed engine, sharded over the
+    group by `zero_stage`. `auto`: local for groups of one rank."""
+    compile: bool = False
+    """Compile the passes of backend `local` with torch.compile: half a minute or more once, for students on GPUs."""
     reference_tokens: Count = 8192
     """Padded tokens in one forward pass over reference rows; bounds memory, changes no score beyond rounding."""
     verify_every: Count = 64
     """Points between checks that the restored state equals the warmed one bit for bit."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.backend == "local" and self.group_size > 1:
+            raise ValueError(
+                f"backend local holds the student on one device, group_size is {self.group_size}: raise groups "
+                "instead, or set backend to zero"
+            )
+        if self.compile and (self.backend == "zero" or self.group_size > 1):
+            raise ValueError("compile is for backend local: an engine's hooks break a compiled pass")
+        if self.precision == "tf32" and not self.worker.gpus:
+            raise ValueError("precision tf32 needs worker.gpus: CPUs compute in float32 or bfloat16")
+        return self
 
 
 class Pair(Section):
@@ -349,6 +386,8 @@ class Pair(Section):
     """Standard errors by which the influence of chosen and rejected must differ from zero; 0 is the paper's rule."""
     max_pairs: Count | None = None
     """Pairs kept, widest difference of influence first; None keeps all."""
+    below_noise: Literal["drop", "keep"] = "drop"
+    """What happens to scores below the noise that `score.recheck` measured; there is none for `exact` in float32."""
 
 
 class DpoOptimizer(Optimizer):

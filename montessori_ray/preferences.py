@@ -19,7 +19,7 @@ from montessori_ray.errors import DataError
 Row = Mapping[str, Any]
 """A scored output: `prompt_id`, `prompt` (the rendered few-shot prompt), `example_id` (unique), `raw_output` (as
 sampled), `influence` (change of the reference loss, baseline subtracted; negative helps), `influence_se` (its standard
-error over the reference examples)."""
+error over the reference examples, None where the estimator does not know it)."""
 
 Pair = dict[str, Any]
 """A preference pair: `prompt_id`, `prompt`, the texts `chosen` and `rejected`, and `chosen_id`, `rejected_id`,
@@ -65,6 +65,7 @@ def build_pairs(
     rule: Literal["all", "best_worst"],
     margin_se: float,
     max_pairs: int | None,
+    noise: float = 0.0,
 ) -> PairResult:
     """Preference pairs among outputs of the same few-shot prompt; the order of `rows` does not matter.
 
@@ -74,6 +75,8 @@ def build_pairs(
             highest. Equal texts are never paired.
         margin_se: standard errors by which an influence must differ from zero to count; 0 is the paper's rule.
         max_pairs: pairs kept, widest difference of influence first, ties by their ids; None keeps all.
+        noise: what estimator and precision put into a score; one below it does not count, and stands for a standard
+            error that is not known.
 
     Raises:
         DataError: there is no pair at all; says what was seen and which setting fits.
@@ -84,12 +87,12 @@ def build_pairs(
     pairs: list[Pair] = []
     unpaired: Counter[Unpaired] = Counter()
     for outputs in by_prompt.values():
-        found = _pairs_of_prompt(outputs, margin_se)
+        found = _pairs_of_prompt(outputs, margin_se, noise)
         if not found:
             unpaired[_why_unpaired(outputs)] += 1
         pairs.extend(_widest(found, 1) if rule == "best_worst" else found)
     if not pairs:
-        raise DataError(_nothing_to_prefer(by_prompt, unpaired, margin_se))
+        raise DataError(_nothing_to_prefer(by_prompt, unpaired, margin_se, noise))
     if max_pairs is not None:
         pairs = _widest(pairs, max_pairs)
     pairs.sort(key=lambda pair: (pair["prompt_id"], pair["chosen_id"], pair["rejected_id"]))
@@ -120,9 +123,9 @@ def split_by_prompt(pairs: Sequence[Pair], eval_fraction: float, seed: int) -> t
     return training, [pair for pair in pairs if pair["prompt_id"] in held]
 
 
-def _pairs_of_prompt(outputs: Sequence[Row], margin_se: float) -> list[Pair]:
-    helpful = [output for output in outputs if output["influence"] < -_margin(output, margin_se)]
-    harmful = [output for output in outputs if output["influence"] > _margin(output, margin_se)]
+def _pairs_of_prompt(outputs: Sequence[Row], margin_se: float, noise: float) -> list[Pair]:
+    helpful = [output for output in outputs if output["influence"] < -_margin(output, margin_se, noise)]
+    harmful = [output for output in outputs if output["influence"] > _margin(output, margin_se, noise)]
     return [
         {
             "prompt_id": chosen["prompt_id"],
@@ -139,9 +142,11 @@ def _pairs_of_prompt(outputs: Sequence[Row], margin_se: float) -> list[Pair]:
     ]
 
 
-def _margin(output: Row, margin_se: float) -> float:
+def _margin(output: Row, margin_se: float, noise: float) -> float:
     # Without a margin an unknown (NaN) standard error, as one reference row gives, must not hide the sign.
-    return margin_se * output["influence_se"] if margin_se else 0.0
+    error = noise if output["influence_se"] is None else output["influence_se"]
+    margin = margin_se * error if margin_se else 0.0
+    return noise if margin <= noise else margin
 
 
 def _widest(pairs: Sequence[Pair], count: int) -> list[Pair]:
@@ -161,7 +166,7 @@ def _why_unpaired(outputs: Sequence[Row]) -> Unpaired:
 
 
 def _nothing_to_prefer(
-    by_prompt: Mapping[str, Sequence[Row]], unpaired: Mapping[Unpaired, int], margin_se: float
+    by_prompt: Mapping[str, Sequence[Row]], unpaired: Mapping[Unpaired, int], margin_se: float, noise: float
 ) -> str:
     """The sentence for a user whose scores give no pair: what was seen, and the setting that fits it best."""
     outputs = [output for group in by_prompt.values() for output in group]
@@ -182,6 +187,11 @@ def _nothing_to_prefer(
         )
     if unpaired.get(Unpaired.WITHIN_NOISE) and margin_se:
         return f"{seen}; no prompt has both signs beyond {margin_se:g} standard errors: lower pair.margin_se"
+    if unpaired.get(Unpaired.WITHIN_NOISE) and noise:
+        return (
+            f"{seen}; no prompt has both signs beyond the noise of a score, {noise:.1e}: score with estimator exact "
+            "and precision float32, or set pair.below_noise=keep"
+        )
     return f"{seen}; no prompt has both signs: raise synthesize.n or split.probing"
 
 

@@ -97,6 +97,17 @@ def test_margin_leaves_out_what_is_not_settled() -> None:
     assert all_pairs(rows, margin_se=1.5).prompts_without_pair[Unpaired.WITHIN_NOISE] == 1
 
 
+def test_scores_below_their_noise_make_no_pair() -> None:
+    rows = [output("a", 0, -0.3), output("a", 1, -0.1), output("a", 2, 0.15), output("a", 3, 0.4)]
+    found = build_pairs(rows, rule="all", margin_se=0, max_pairs=None, noise=0.2)
+    assert ids(found) == [("a-0", "a-3")]
+    unknown = [{**row, "influence_se": None} for row in rows]
+    with pytest.raises(DataError, match=r"beyond 1\.8 standard errors"):
+        build_pairs(unknown, rule="all", margin_se=1.8, max_pairs=None, noise=0.2)
+    with pytest.raises(DataError, match=r"beyond the noise of a score, 5.0e-01: .* pair.below_noise=keep"):
+        build_pairs(rows, rule="all", margin_se=0, max_pairs=None, noise=0.5)
+
+
 def test_a_zero_influence_is_neither() -> None:
     assert ids(all_pairs([output("a", 0, -1.0), output("a", 1, 0.0), output("a", 2, 1.0)])) == [("a-0", "a-2")]
 

@@ -1,9 +1,9 @@
 """The reference loss: what influence is a change of.
 
-The reference loss is the mean over the reference examples of each example's mean loss over its response tokens. Rows
-are tokenized once, sorted by length and cut into batches by a budget of padded tokens; logits are computed only where a
-response token is predicted, and only a chunk of positions at a time (at 49,152 words a full batch of 8,192 tokens would
-hold 1.6 GB of logits, most of them for tokens nobody asks about).
+The reference loss is a weighted mean over the reference examples of each example's mean loss over its response tokens
+(`row_weights`; equal weights by default). Rows are tokenized once, sorted by length and cut into batches by a budget of
+padded tokens; logits are computed only where a response token is predicted, and only a chunk of positions at a time (at
+49,152 words a full batch of 8,192 tokens would hold 1.6 GB of logits, most of them for tokens nobody asks about).
 
 Shapes: R rows of a batch, T padded tokens, N response tokens of a batch, V vocabulary.
 """
@@ -11,9 +11,10 @@ Shapes: R rows of a batch, T padded tokens, N response tokens of a batch, V voca
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,12 @@ from torch.nn import functional as F
 
 from montessori_ray.errors import DataError
 from montessori_ray.training.chat import IGNORED, Encoded, collate
+
+Precision = Literal["float32", "tf32", "bfloat16"]
+"""Of forward and backward passes: float32; its matrix products with 10 bits of mantissa (NVIDIA GPUs); bfloat16."""
+
+LossMean = Literal["example", "token", "batch"]
+"""What the reference loss is a mean of, see `row_weights`."""
 
 CHUNK_LOGITS = 2**25
 """Logits held at once: 128 MiB in float32."""
@@ -58,6 +65,7 @@ class ResponseLoss(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.precision: Precision = "float32"
         embedding = model.get_output_embeddings()
         self.head = ChunkedCrossEntropy(embedding) if isinstance(embedding, nn.Linear) else None
         self._head_is_enough: bool | None = None if self.head else False
@@ -71,11 +79,12 @@ class ResponseLoss(nn.Module):
         asked = targets != IGNORED
         if self._head_is_enough is None:
             self._head_is_enough = self._try_head(input_ids.device)
-        if self.head is not None and self._head_is_enough:
-            hidden = self.model.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-            losses = self.head(hidden.last_hidden_state[:, :-1][asked], targets[asked])
-        else:
-            losses = self._by_row(input_ids, attention_mask, targets)
+        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            if self.head is not None and self._head_is_enough:
+                hidden = self.model.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+                losses = self.head(hidden.last_hidden_state[:, :-1][asked], targets[asked])
+            else:
+                losses = self._by_row(input_ids, attention_mask, targets)
         # Unique positions, then one sum a row: unlike index_add this is deterministic on CUDA.
         dense = torch.zeros(targets.shape, dtype=torch.float64, device=losses.device)
         dense[asked] = losses.double()
@@ -121,6 +130,8 @@ class ReferenceBatch:
 
     rows: tuple[int, ...]
     """Their indices in the reference set."""
+    weights: Tensor
+    """Their weights in the reference loss (R,), float64; 0 for a row that only fills up."""
     tensors: dict[str, Tensor]
     """Arguments of `ResponseLoss`, each (R, T)."""
 
@@ -133,12 +144,24 @@ class ReferenceSet:
     an engine with sharded weights needs (its gathers are collective), and none waits long for another.
     """
 
-    def __init__(self, encoded: Sequence[Encoded], tokens: int, pad_token_id: int, rank: int = 0, world: int = 1):
+    def __init__(
+        self,
+        encoded: Sequence[Encoded],
+        tokens: int,
+        pad_token_id: int,
+        *,
+        mean: LossMean = "example",
+        mean_batch: int = 8,
+        rank: int = 0,
+        world: int = 1,
+    ):
         """
         Args:
             encoded: the reference rows.
             tokens: padded tokens a batch may hold; a batch has one row at least.
             pad_token_id: what short rows are filled up with; never attended to.
+            mean: what the reference loss is a mean of.
+            mean_batch: rows of a batch for `mean="batch"`.
             rank: index of this rank in the scoring group.
             world: ranks of the scoring group.
 
@@ -154,24 +177,55 @@ class ReferenceSet:
                     "data.reference or raise student.max_length"
                 )
         self.rows = len(encoded)
-        self.shortest = min(encoded, key=lambda row: len(row.input_ids))
+        self.weights = row_weights([row.response_tokens for row in encoded], mean, mean_batch)
+        self._world = world
         order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index].input_ids))
-        order += order[-1:] * (-len(order) % world)
+        weights = [self.weights[index] for index in order]
+        filling = -len(order) % world
+        order += order[-1:] * filling
+        weights += [torch.zeros((), dtype=torch.float64)] * filling
         lengths = [len(encoded[index].input_ids) for index in order[::world]]
-        mine = order[rank::world]
+        mine, my_weights = order[rank::world], torch.stack(weights[rank::world])
         self.batches = [
-            ReferenceBatch(tuple(mine[span]), collate([encoded[index] for index in mine[span]], pad_token_id))
+            ReferenceBatch(
+                tuple(mine[span]), my_weights[span], collate([encoded[index] for index in mine[span]], pad_token_id)
+            )
             for span in _spans(lengths, tokens)
         ]
 
+    def mean(self, losses: Tensor) -> float:
+        """The reference loss of row losses (rows,)."""
+        return float(self.weights @ losses)
+
     @torch.no_grad()
-    def losses(self, loss: nn.Module, device: torch.device) -> Tensor:
+    def losses(self, loss: Callable[..., Tensor], device: torch.device) -> Tensor:
         """This rank's row losses in a float64 CPU tensor (rows,); NaN for rows of other ranks."""
         result = torch.full((self.rows,), torch.nan, dtype=torch.float64)
         for batch in self.batches:
             tensors = {name: tensor.to(device) for name, tensor in batch.tensors.items()}
             result[list(batch.rows)] = loss(**tensors).cpu()
         return result
+
+    def weighted_losses(self, loss: Callable[..., Tensor], device: torch.device) -> Iterator[Tensor]:
+        """This rank's batches as scalars to differentiate: the mean over ranks of their sums is the reference loss."""
+        for batch in self.batches:
+            tensors = {name: tensor.to(device) for name, tensor in batch.tensors.items()}
+            yield self._world * (loss(**tensors) * batch.weights.to(device)).sum()
+
+
+def row_weights(response_tokens: Sequence[int], mean: LossMean, batch: int) -> Tensor:
+    """What each reference row's own mean loss counts in the reference loss: float64 (rows,), summing to 1.
+
+    `example`: all rows alike. `token`: by their response tokens, so that all tokens count alike. `batch`: the mean over
+    batches of `batch` consecutive rows of each batch's token mean, as the paper's published code computes it.
+    """
+    tokens = torch.tensor(response_tokens, dtype=torch.float64)
+    if mean == "example":
+        return torch.full_like(tokens, 1 / len(tokens))
+    if mean == "token":
+        return tokens / tokens.sum()
+    batches = tokens.split(batch)
+    return torch.cat([part / part.sum() for part in batches]) / len(batches)
 
 
 def _spans(lengths: Sequence[int], tokens: int) -> Iterator[slice]:
@@ -183,12 +237,15 @@ def _spans(lengths: Sequence[int], tokens: int) -> Iterator[slice]:
         start = stop
 
 
-def influence_and_se(before: Tensor, after: Tensor) -> tuple[float, float]:
+def influence_and_se(before: Tensor, after: Tensor, weights: Tensor) -> tuple[float, float]:
     """Influence and its standard error over the reference rows, from row losses (rows,) before and after a step.
 
-    Influence is the mean of the row differences (negative: the step helps); the standard error is their standard
-    deviation over the square root of their number, NaN for a single row.
+    Influence is the weighted mean of the row differences (negative: the step helps). Its standard error takes the rows
+    as a sample: sqrt(R / (R - 1) * sum of (weight * deviation from the mean)^2), which for equal weights is the
+    differences' standard deviation over sqrt(R); NaN for a single row.
     """
     difference = after - before
-    error = difference.std(correction=1) / len(difference) ** 0.5 if len(difference) > 1 else torch.tensor(torch.nan)
-    return float(difference.mean()), float(error)
+    mean = weights @ difference
+    rows = len(difference)
+    spread = (weights * (difference - mean)).square().sum()
+    return float(mean), float((spread * rows / (rows - 1)).sqrt()) if rows > 1 else math.nan

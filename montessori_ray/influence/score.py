@@ -18,13 +18,17 @@ class Score:
     influence: float | None = None
     """loss_after - loss_before; negative helps the student."""
     influence_se: float | None = None
-    """Standard error of the influence over the reference examples."""
+    """Standard error of the influence over the reference examples; None where the estimator does not know it."""
     estimator: str | None = None
     step_seconds: float | None = None
     restore_seconds: float | None = None
     evaluate_seconds: float | None = None
     worker: str | None = None
     """Scoring group and node that computed it."""
+    recheck_influence: float | None = None
+    """`exact` in float32, for the examples that `score.recheck` picks."""
+    recheck_influence_se: float | None = None
+    """Its standard error over the reference examples."""
     quarantine: str | None = None
     """Why the example has no influence; None where it has one."""
 

@@ -10,7 +10,9 @@ No Ray here: scoring groups (`groups.score_loop`) put a `Scorer` on their ranks,
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,16 @@ import torch.distributed as dist
 
 from montessori_ray.config import Score as ScoreSettings
 from montessori_ray.errors import ModelError
-from montessori_ray.influence.estimators import Estimator, Exact, Example
+from montessori_ray.influence.estimators import Corrected, Estimator, Exact, Example, FirstOrder, Student
+from montessori_ray.influence.local_student import LocalStudent
+from montessori_ray.influence.reference import Precision, ReferenceSet
 from montessori_ray.influence.score import Score
 from montessori_ray.influence.update import OPTIMIZER_JSON, AdamW
 from montessori_ray.influence.zero_student import ZeroStudent
-from montessori_ray.training.chat import ChatFormat
+from montessori_ray.training.chat import ChatFormat, Encoded
+
+SAMPLE_SEED = 0
+"""Draws the reference rows of `score.reference_rows` and `score.correction_rows`."""
 
 
 class Scorer:
@@ -56,17 +63,13 @@ class Scorer:
         self._settings = settings
         self._worker = worker
         self._chat = ChatFormat.load(student, chat_template, max_length)
-        backend = ZeroStudent(
-            student,
-            [self._chat.encode(row["instruction"], row["response"]) for row in reference],
-            zero_stage=settings.zero_stage,
-            reference_tokens=settings.reference_tokens,
-            pad_token_id=self._chat.pad_token_id,
-            rule=step_rule(student, settings),
-        )
-        self._estimator: Estimator = Exact(
-            backend, baseline=settings.baseline, verify_every=settings.verify_every, worker=worker
-        )
+        rows = [self._chat.encode(row["instruction"], row["response"]) for row in reference]
+        self._reference = _drawn(rows, settings.reference_rows)
+        self._student = open_student(student, settings, self._chat.pad_token_id)
+        self._precision = precision_of(settings)
+        self._set_precision(self._precision)
+        self._estimator = self._open_estimator(settings.estimator)
+        self._recheck: Estimator | None = None
 
     @property
     def baselines(self) -> dict[str, float]:
@@ -74,7 +77,7 @@ class Scorer:
         return {"warmed_loss": self._estimator.warmed_loss, "null_step_loss": self._estimator.null_step_loss}
 
     def score(self, example: Mapping[str, Any]) -> Score:
-        """Score one row (example_id, instruction, response)."""
+        """Score one row (example_id, instruction, response; with a true `recheck`, a second time, exact in float32)."""
         if not example["response"].strip():
             return Score(
                 example_id=example["example_id"],
@@ -82,8 +85,67 @@ class Scorer:
                 worker=self._worker,
                 quarantine="empty response",
             )
-        encoded = self._chat.encode(example["instruction"], example["response"])
-        return self._estimator.score(Example(example["example_id"], encoded))
+        encoded = Example(example["example_id"], self._chat.encode(example["instruction"], example["response"]))
+        score = self._estimator.score(encoded)
+        if not example.get("recheck") or score.quarantine is not None:
+            return score
+        again = self._score_again(encoded)
+        return replace(score, recheck_influence=again.influence, recheck_influence_se=again.influence_se)
+
+    def _score_again(self, example: Example) -> Score:
+        """`exact` in float32, whatever the settings say."""
+        self._set_precision("float32")
+        if self._recheck is None:
+            same = self._estimator.name == "exact" and self._precision == "float32"
+            self._recheck = self._estimator if same else self._open_estimator("exact")
+        score = self._recheck.score(example)
+        self._set_precision(self._precision)
+        return score
+
+    def _open_estimator(self, name: str) -> Estimator:
+        settings = self._settings
+        kwargs: dict[str, Any] = {
+            "baseline": settings.baseline, "verify_every": settings.verify_every, "worker": self._worker,
+        }  # fmt: skip
+        reference = self._reference_set(self._reference)
+        if name == "corrected":
+            sample = self._reference_set(_drawn(self._reference, settings.correction_rows))
+            return Corrected(self._student, reference, sample, **kwargs)
+        return {"exact": Exact, "first_order": FirstOrder}[name](self._student, reference, **kwargs)
+
+    def _reference_set(self, rows: Sequence[Encoded]) -> ReferenceSet:
+        settings = self._settings
+        return ReferenceSet(
+            rows, settings.reference_tokens, self._chat.pad_token_id, mean=settings.loss_mean,
+            mean_batch=settings.loss_batch, rank=dist.get_rank(), world=dist.get_world_size(),
+        )  # fmt: skip
+
+    def _set_precision(self, precision: Precision) -> None:
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        self._student.set_precision(precision)
+
+
+def open_student(directory: Path, settings: ScoreSettings, pad_token_id: int) -> Student:
+    """The warmed student on the backend that the settings choose, on this rank's device."""
+    rule = step_rule(directory, settings)
+    if settings.backend == "zero" or settings.group_size > 1:
+        return ZeroStudent(directory, zero_stage=settings.zero_stage, pad_token_id=pad_token_id, rule=rule)
+    device = torch.device("cuda", torch.cuda.current_device()) if settings.worker.gpus else torch.device("cpu")
+    return LocalStudent(directory, pad_token_id=pad_token_id, rule=rule, device=device, compiled=settings.compile)
+
+
+def precision_of(settings: ScoreSettings) -> Precision:
+    """`score.precision` with `auto` resolved."""
+    if settings.precision != "auto":
+        return settings.precision
+    return "tf32" if settings.worker.gpus else "float32"
+
+
+def _drawn(rows: Sequence[Encoded], count: int | None) -> list[Encoded]:
+    """`count` of the rows, the same ones in every process, in their order; all if there are no more."""
+    if count is None or count >= len(rows):
+        return list(rows)
+    return [rows[index] for index in sorted(random.Random(SAMPLE_SEED).sample(range(len(rows)), count))]
 
 
 def step_rule(student: Path, settings: ScoreSettings) -> AdamW:

@@ -8,7 +8,8 @@ the flat float32 partitions that the optimizer steps, which are private attribut
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -18,10 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from montessori_ray.influence.fingerprint import checksum, generator_states, set_generator_states
+from montessori_ray.influence.moments import MOMENTS, ReadMoment
+
 DEEPSPEED_VERSION = "0.19.8"
 """The release whose partition layout `masters` knows."""
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 
@@ -100,13 +103,12 @@ class EngineState:
         self._saved_counters: dict[str, int] = {}
         self._saved_generators: list[Tensor] = []
 
-    def set_moments(self, step: int, read: Callable[[str, Tensor], Tensor] | None) -> None:
+    def set_moments(self, step: int, read: ReadMoment | None) -> None:
         """Give the optimizer its moments.
 
         Args:
             step: steps the moments hold.
-            read: returns the whole moment, by its name ("exp_avg", "exp_avg_sq"), of a parameter of the engine's
-                module; None sets zeros.
+            read: returns a parameter's moments; None sets zeros.
         """
         for master in self._masters:
             flat = {moment: torch.zeros_like(master.tensor) for moment in MOMENTS}
@@ -123,7 +125,7 @@ class EngineState:
         """Remember the present state."""
         self._saved = [tensor.clone() for tensor in self._tensors()]
         self._saved_counters = {name: getattr(self._engine, name) for name in COUNTERS}
-        self._saved_generators = _generators()
+        self._saved_generators = generator_states()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -132,7 +134,33 @@ class EngineState:
         self._refresh_working_copies()
         for name, value in self._saved_counters.items():
             setattr(self._engine, name, value)
-        _set_generators(self._saved_generators)
+        set_generator_states(self._saved_generators)
+
+    def gradient(self, backward: Callable[[], None]) -> list[Tensor]:
+        """The gradient that `backward` leaves in the engine, one tensor a master; masters and moments are spoiled.
+
+        Every stage keeps gradients elsewhere, and gives them all to the optimizer in the masters' layout: after a step
+        with a first moment of zero, that moment is (1 - beta1) times the gradient.
+        """
+        state = self._engine.basic_optimizer.state
+        moments = [state[master.tensor]["exp_avg"] for master in self._masters]
+        torch._foreach_zero_(moments)
+        with _unclipped(self._engine):
+            backward()
+            self._engine.step()
+        scale = 1 - self._engine.basic_optimizer.param_groups[0]["betas"][0]
+        return [moment / scale for moment in moments]
+
+    @torch.no_grad()
+    def change_along(self, gradient: list[Tensor]) -> float:
+        """Inner product of a gradient, as `gradient` returns it, with how far the masters are from the saved ones."""
+        saved = self._saved[:: len(self._saved) // len(self._masters)]
+        total = torch.zeros((), dtype=torch.float64, device=self._engine.device)
+        for master, before, slopes in zip(self._masters, saved, gradient, strict=True):
+            total += torch.dot((master.tensor - before).flatten(), slopes.flatten())
+        if self._engine.zero_optimization_stage() > 0:  # each rank has its own part
+            dist.all_reduce(total)
+        return total.item()
 
     def digest(self) -> str:
         """A fingerprint of the state and of the working copies made from it, equal on all ranks of the group."""
@@ -142,7 +170,7 @@ class EngineState:
         elif self._engine.zero_optimization_stage() == 3:
             working += self._engine.optimizer.fp16_partitioned_groups_flat
         counters = [getattr(self._engine, name) for name in COUNTERS]
-        mine = [counters, *(checksum(tensor) for tensor in (*self._tensors(), *working, *_generators()))]
+        mine = [counters, *(checksum(tensor) for tensor in (*self._tensors(), *working, *generator_states()))]
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
         return hashlib.sha256(repr(everyone).encode()).hexdigest()
@@ -168,30 +196,14 @@ class EngineState:
         ]
 
 
-def _generators() -> list[Tensor]:
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
-
-
-def _set_generators(states: Sequence[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    for state in states[1:]:
-        torch.cuda.set_rng_state(state)
-
-
-_CHUNK = 2**18  # stays in a core's cache
-_MULTIPLIER = -7046029254386353131  # 2^64 / golden ratio, as a signed odd number
-
-
-@torch.no_grad()
-def checksum(tensor: Tensor) -> int:
-    """64-bit sum of a tensor's 32-bit (else 8-bit) words times odd numbers that depend on their places.
-
-    Any single changed word changes it. Runs where the tensor is: hashing on the host would copy all weights of a GPU.
-    """
-    flat = tensor.detach().reshape(-1)
-    words = flat.view(torch.int32 if flat.element_size() % 4 == 0 else torch.uint8)
-    places = torch.arange(min(_CHUNK, words.numel()), device=words.device) * _MULTIPLIER | 1
-    total = torch.zeros((), dtype=torch.int64, device=words.device)
-    for index, chunk in enumerate(words.split(_CHUNK)):
-        total += (places[: len(chunk)] * chunk).sum() * (2 * index + 1)
-    return int(total) % 2**64
+@contextmanager
+def _unclipped(engine: Any) -> Iterator[None]:
+    """Take an engine's gradients as they are, however large."""
+    sharded = engine.zero_optimization_stage() > 0
+    owner, name = (engine.optimizer, "clip_grad") if sharded else (engine._config, "gradient_clipping")
+    limit = getattr(owner, name)
+    setattr(owner, name, 0.0)
+    try:
+        yield
+    finally:
+        setattr(owner, name, limit)

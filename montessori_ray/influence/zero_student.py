@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor
 
-from montessori_ray.errors import ModelError
 from montessori_ray.influence.estimators import NotFiniteError
-from montessori_ray.influence.reference import ReferenceSet, ResponseLoss
+from montessori_ray.influence.moments import open_moments
+from montessori_ray.influence.reference import Precision, ReferenceSet, ResponseLoss
 from montessori_ray.influence.update import AdamW
 from montessori_ray.influence.zero_state import EngineState
-from montessori_ray.training.chat import Encoded, collate
+from montessori_ray.training.chat import IGNORED, Encoded, collate
 from montessori_ray.training.engine import build_engine, load_model
-from montessori_ray.training.student_state import OPTIMIZER_TENSORS
+
+ANY_TOKENS = Encoded([0, 0], [IGNORED, 0])
+"""A passage to run where the loss does not matter."""
 
 
 class ZeroStudent:
@@ -32,10 +32,8 @@ class ZeroStudent:
     def __init__(
         self,
         directory: Path,
-        reference: Sequence[Encoded],
         *,
         zero_stage: int,
-        reference_tokens: int,
         pad_token_id: int,
         rule: AdamW,
     ) -> None:
@@ -43,9 +41,7 @@ class ZeroStudent:
 
         Args:
             directory: a Hugging Face model directory, with `optimizer.safetensors` beside it unless `rule.step` is 0.
-            reference: the tokenized reference rows.
             zero_stage: DeepSpeed ZeRO stage.
-            reference_tokens: padded tokens in one forward pass over reference rows.
             pad_token_id: fills up short rows.
             rule: settings of the step.
 
@@ -53,10 +49,8 @@ class ZeroStudent:
             ModelError: the moments do not fit the model.
         """
         self._pad_token_id = pad_token_id
-        rank, world = dist.get_rank(), dist.get_world_size()
-        self._reference = ReferenceSet(reference, reference_tokens, pad_token_id, rank, world)
         model = load_model(directory, zero_stage)
-        module = ResponseLoss(model)
+        self._module = module = ResponseLoss(model)
         names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         self._engine = build_engine(module, rule, zero_stage)
         self._engine.eval()
@@ -65,8 +59,12 @@ class ZeroStudent:
         if rule.step == 0:
             self._state.set_moments(0, None)
         else:
-            _load_moments(self._state, rule.step, names, directory)
+            with open_moments(directory, names) as read:
+                self._state.set_moments(rule.step, read)
         self._state.save()
+
+    def set_precision(self, precision: Precision) -> None:
+        self._module.precision = precision
 
     def step(self, example: Encoded) -> float:
         tensors = collate([example], self._pad_token_id)
@@ -79,7 +77,7 @@ class ZeroStudent:
 
     def null_step(self) -> None:
         # ZeRO's bookkeeping wants a backward pass before a step; times zero it leaves the momentum alone to act.
-        self._apply(self._loss(collate([self._reference.shortest], self._pad_token_id)) * 0)
+        self._apply(self._loss(collate([ANY_TOKENS], self._pad_token_id)) * 0)
 
     def restore(self) -> None:
         self._state.restore()
@@ -88,8 +86,8 @@ class ZeroStudent:
     def digest(self) -> str:
         return self._state.digest()
 
-    def reference_losses(self) -> Tensor:
-        mine = self._reference.losses(self._engine, self._device)
+    def reference_losses(self, reference: ReferenceSet) -> Tensor:
+        mine = reference.losses(self._engine, self._device)
         if dist.get_world_size() == 1:
             return mine
         parts = [torch.empty_like(mine, device=self._device) for _ in range(dist.get_world_size())]
@@ -98,6 +96,19 @@ class ZeroStudent:
         for part in parts[1:]:
             losses = torch.where(losses.isnan(), part, losses)
         return losses.cpu()
+
+    def reference_gradient(self, reference: ReferenceSet) -> list[Tensor]:
+        def backward() -> None:
+            for number, loss in enumerate(reference.weighted_losses(self._engine, self._device), 1):
+                self._engine.set_gradient_accumulation_boundary(number == len(reference.batches))
+                self._engine.backward(loss)
+
+        gradient = self._state.gradient(backward)
+        self.restore()
+        return gradient
+
+    def change_along(self, gradient: list[Tensor]) -> float:
+        return self._state.change_along(gradient)
 
     def _loss(self, tensors: dict[str, Tensor]) -> Tensor:
         loss: Tensor = self._engine(**{name: tensor.to(self._device) for name, tensor in tensors.items()})[0]
@@ -115,20 +126,3 @@ class ZeroStudent:
     def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize()
-
-
-def _load_moments(state: EngineState, step: int, names: dict[Tensor, str], directory: Path) -> None:
-    path = directory / OPTIMIZER_TENSORS
-    if not path.exists():
-        raise ModelError(f"{directory} says that {step} steps were taken but has no {path.name}: warm up again")
-    with safe_open(path, framework="pt") as stored:
-        known = set(stored.keys())
-
-        def read(moment: str, parameter: Tensor) -> Tensor:
-            key = f"{moment}.{names[parameter]}"
-            if key not in known:
-                raise ModelError(f"{path} has no {key}: it belongs to another model than {directory}; warm up again")
-            tensor: Tensor = stored.get_tensor(key)
-            return tensor
-
-        state.set_moments(step, read)

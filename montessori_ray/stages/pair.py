@@ -12,12 +12,15 @@ from montessori_ray.stages.base import StageContext
 def pair(context: StageContext) -> dict[str, Any]:
     """Pairs among the scored examples of each few-shot prompt; inputs are the influence and the instructions."""
     settings = context.config.pair
+    recheck = context.input(0).require().details["recheck"] or {"noise": 0.0}
+    noise = recheck["noise"] if settings.below_noise == "drop" else 0.0
     result = build_pairs(
-        _scored_samples(context), rule=settings.rule, margin_se=settings.margin_se, max_pairs=settings.max_pairs
-    )
+        _scored_samples(context), rule=settings.rule, margin_se=settings.margin_se, max_pairs=settings.max_pairs,
+        noise=noise,
+    )  # fmt: skip
     context.output.discard_parts()
     context.append(result.pairs)
-    return {"prompts": result.prompts, "prompts_without_pair": dict(result.prompts_without_pair)}
+    return {"prompts": result.prompts, "prompts_without_pair": dict(result.prompts_without_pair), "noise": noise}
 
 
 def _scored_samples(context: StageContext) -> Iterator[dict[str, Any]]:

@@ -59,6 +59,8 @@ INFLUENCE = pa.schema(
         ("restore_seconds", pa.float64()),
         ("evaluate_seconds", pa.float64()),
         ("worker", pa.string()),
+        ("recheck_influence", pa.float64()),  # exact in float32, where score.recheck picked the example
+        ("recheck_influence_se", pa.float64()),
         ("quarantine", pa.string()),  # why the example has no influence, else null
     ]
 )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from statistics import fmean, stdev
 from typing import Any
 
 from montessori_ray.evaluation.statistics import mean_se
+from montessori_ray.influence.agreement import agreement
 from montessori_ray.stages.base import StageContext
+
+SUMMARY_COLUMNS = ["example_id", "prompt_id", "influence", "influence_se", "recheck_influence", "quarantine"]
 
 ROWS_A_CHUNK = 256
 """Examples handed to the ledger at once; all the driver and the ledger hold besides finished rows."""
@@ -24,7 +27,10 @@ def score(context: StageContext) -> dict[str, Any]:
     prompt_of: dict[str, str] = {}
 
     def chunks() -> Iterator[list[dict[str, Any]]]:
-        rows = (row for examples in sets for row in examples.rows() if row["example_id"] not in scored)
+        marked = mark_rechecks(
+            (row for examples in sets for row in examples.rows()), context.config.score.recheck, total
+        )
+        rows = (row for row in marked if row["example_id"] not in scored)
         while chunk := list(islice(rows, ROWS_A_CHUNK)):
             prompt_of.update((row["example_id"], row["prompt_id"]) for row in chunk)
             yield chunk
@@ -41,7 +47,21 @@ def score(context: StageContext) -> dict[str, Any]:
             name=context.train_name, storage=context.run.train_storage(), progress=context.progress,
             total=total, done=len(scored),
         )  # fmt: skip
-    return summary | summarise(list(context.output.rows(["influence", "influence_se", "quarantine"])))
+    return summary | summarise(list(context.output.rows(SUMMARY_COLUMNS)))
+
+
+def mark_rechecks(rows: Iterable[dict[str, Any]], recheck: int, total: int) -> Iterator[dict[str, Any]]:
+    """The rows with `recheck`: true for those of every so many few-shot prompts, about `recheck` of `total` in all.
+
+    Whole prompts, so that the pairs among them are known too; the first one always, so that every run measures its
+    noise.
+    """
+    every = max(1, round(total / recheck)) if recheck else 0
+    number, prompt_id = -1, None
+    for row in rows:
+        if row["prompt_id"] != prompt_id:
+            number, prompt_id = number + 1, row["prompt_id"]
+        yield {**row, "recheck": bool(every) and number % every == 0}
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -52,8 +72,9 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         if row["quarantine"] is not None:
             reasons[row["quarantine"]] = reasons.get(row["quarantine"], 0) + 1
     if not influences:
-        return {"scored": 0, "quarantined": reasons}
+        return {"scored": 0, "quarantined": reasons, "recheck": None}
     noise = [row["influence_se"] for row in rows if row["influence_se"] is not None]
+    rechecked = [row for row in rows if row["recheck_influence"] is not None]
     return {
         "scored": len(influences),
         "influence": mean_se(influences),
@@ -61,6 +82,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "share_helpful": sum(value < 0 for value in influences) / len(influences),
         "mean_se_over_reference": fmean(noise) if noise else None,
         "quarantined": reasons,
+        "recheck": agreement(rechecked) if rechecked else None,
     }
 
 

@@ -121,7 +121,10 @@ def _answered_parts(context: StageContext, parts: list[str]) -> Iterator[pa.Tabl
     in_flight = min(len(parts), 1 + math.ceil(pool.replicas * pool.max_num_seqs / rows_a_part))
     items = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
     compute = ray.data.TaskPoolStrategy(size=in_flight)
-    tables = items.map_batches(answer, batch_format="pyarrow", batch_size=None, num_cpus=0, compute=compute)
+    # max_calls: a process that is kept would hold half a gigabyte of imports through all later stages.
+    tables = items.map_batches(
+        answer, batch_format="pyarrow", batch_size=None, num_cpus=0, compute=compute, max_calls=1
+    )
     batches: Any = tables.iter_batches(batch_format="pyarrow", batch_size=None)
     for table in batches:
         yield table.select(RESPONSES.names).cast(RESPONSES)

@@ -130,7 +130,7 @@ def stop_training(training: ray.ObjectRef[dict[str, Any]]) -> None:
         ray.wait([training], timeout=STOP_TIMEOUT_S)
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_calls=1)
 def _fit(
     call: bytes,
     name: str,

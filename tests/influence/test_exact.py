@@ -1,87 +1,33 @@
 """Exact scores against an independent transcription of the definition in plain PyTorch; restoring; poison."""
 
 import copy
-import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import cast
 
-import deepspeed
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from montessori_ray.errors import ModelError
-from montessori_ray.influence.estimators import Exact, Example
-from montessori_ray.influence.scorer import join_alone
+from montessori_ray.influence.estimators import Example
+from montessori_ray.influence.reference import LossMean
 from montessori_ray.influence.update import AdamW
 from montessori_ray.influence.zero_student import ZeroStudent
 from montessori_ray.training.chat import Encoded
+from tests.influence.conftest import (
+    BACKENDS,
+    EXAMPLES,
+    REFERENCE,
+    RULE,
+    Backend,
+    exact,
+    loss_of,
+    reference_set,
+    student,
+)
 
-VOCAB = 61
-RULE = AdamW(step=5, learning_rate=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, max_grad_norm=0.7)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
-    torch.set_num_threads(1)
-    join_alone()
-    yield
-    deepspeed.comm.destroy_process_group()
-
-
-def row(length: int, seed: int) -> Encoded:
-    tokens = torch.randint(1, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-    prompt = max(1, length // 2)
-    return Encoded(tokens, [-100] * prompt + tokens[prompt:])
-
-
-REFERENCE = [row(length, seed) for seed, length in enumerate((6, 14, 9, 23, 11))]
-EXAMPLES = [Example(f"example-{seed}", row(8 + seed, 100 + seed)) for seed in range(6)]
-
-
-@pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=30,  # no multiple of the shards
-        intermediate_size=46,
-        num_hidden_layers=2,
-        num_attention_heads=5,
-        num_key_value_heads=5,
-        tie_word_embeddings=True,
-    )
-    return cast(LlamaForCausalLM, LlamaForCausalLM(config).eval())
-
-
-@pytest.fixture(scope="module")
-def moments(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        tensors[f"exp_avg.{name}"] = 1e-2 * torch.randn(parameter.shape, generator=generator)
-        tensors[f"exp_avg_sq.{name}"] = 1e-4 * torch.rand(parameter.shape, generator=generator)
-    return tensors
-
-
-@pytest.fixture(scope="module")
-def warmed(model: LlamaForCausalLM, moments: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("warmed")
-    model.save_pretrained(directory)
-    save_file(moments, directory / "optimizer.safetensors")
-    fields = {name: getattr(RULE, name) for name in AdamW.__slots__}
-    (directory / "optimizer.json").write_text(json.dumps(fields))
-    return directory
-
-
-def student(warmed: Path, stage: int = 0, rule: AdamW = RULE) -> ZeroStudent:
-    return ZeroStudent(warmed, REFERENCE, zero_stage=stage, reference_tokens=40, pad_token_id=0, rule=rule)
-
-
-def exact(backend: ZeroStudent, baseline: str = "null_step", verify_every: int = 1) -> Exact:
-    return Exact(backend, baseline=baseline, verify_every=verify_every, worker="here")  # type: ignore[arg-type]
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def plain_step(model: LlamaForCausalLM, moments: dict[str, torch.Tensor], example: Encoded | None) -> list[float]:
@@ -104,11 +50,6 @@ def plain_step(model: LlamaForCausalLM, moments: dict[str, torch.Tensor], exampl
     return reference_losses(model)
 
 
-def loss_of(model: LlamaForCausalLM, row: Encoded) -> torch.Tensor:
-    loss: torch.Tensor = model(input_ids=torch.tensor([row.input_ids]), labels=torch.tensor([row.labels])).loss
-    return loss
-
-
 @torch.no_grad()
 def reference_losses(model: LlamaForCausalLM) -> list[float]:
     return [float(loss_of(model, row)) for row in REFERENCE]
@@ -118,39 +59,63 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def token_mean(losses: list[float], first: int = 0) -> float:
+    """Mean over the response tokens of reference rows from `first` on, from the rows' own means."""
+    tokens = [row.response_tokens for row in REFERENCE[first : first + len(losses)]]
+    return sum(loss * count for loss, count in zip(losses, tokens, strict=True)) / sum(tokens)
+
+
+MEANS: dict[str, Callable[[list[float]], float]] = {
+    "example": mean,
+    "token": token_mean,
+    "batch": lambda losses: mean([token_mean(losses[first : first + 2], first) for first in range(0, len(losses), 2)]),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("baseline", ["null_step", "warmed"])
+@pytest.mark.parametrize("loss_mean", ["example", "token", "batch"])
 def test_scores_equal_the_definition(
-    model: LlamaForCausalLM, moments: dict[str, torch.Tensor], warmed: Path, stage: int, baseline: str
+    model: LlamaForCausalLM,
+    moments: dict[str, torch.Tensor],
+    warmed: Path,
+    backend: Backend,
+    baseline: str,
+    loss_mean: LossMean,
 ) -> None:
-    estimator = exact(student(warmed, stage), baseline)
+    estimator = exact(student(warmed, backend), baseline, loss_mean)
     before = plain_step(model, moments, None) if baseline == "null_step" else reference_losses(model)
-    assert estimator.warmed_loss == pytest.approx(mean(reference_losses(model)), abs=1e-6)
-    assert estimator.null_step_loss == pytest.approx(mean(plain_step(model, moments, None)), abs=1e-6)
+    assert estimator.warmed_loss == pytest.approx(MEANS[loss_mean](reference_losses(model)), abs=1e-6)
+    assert estimator.null_step_loss == pytest.approx(MEANS[loss_mean](plain_step(model, moments, None)), abs=1e-6)
     for example in EXAMPLES:
         score = estimator.score(example)
         after = plain_step(model, moments, example.encoded)
-        assert score.loss_after == pytest.approx(mean(after), abs=1e-6)
-        assert score.influence == pytest.approx(mean(after) - mean(before), abs=1e-6)
-        differences = torch.tensor(after) - torch.tensor(before)
-        assert score.influence_se == pytest.approx(float(differences.std() / len(REFERENCE) ** 0.5), abs=1e-6)
+        assert score.loss_after == pytest.approx(MEANS[loss_mean](after), abs=1e-6)
+        assert score.influence == pytest.approx(MEANS[loss_mean](after) - MEANS[loss_mean](before), abs=1e-6)
+        if loss_mean == "example":
+            differences = torch.tensor(after) - torch.tensor(before)
+            assert score.influence_se == pytest.approx(float(differences.std() / len(REFERENCE) ** 0.5), abs=1e-6)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_restore_is_bit_exact(warmed: Path, stage: int) -> None:
-    backend = student(warmed, stage)
-    digest, losses = backend.digest(), backend.reference_losses()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_restore_is_bit_exact(warmed: Path, backend: Backend) -> None:
+    tried, reference = student(warmed, backend), reference_set()
+    digest, losses = tried.digest(), tried.reference_losses(reference)
     for example in EXAMPLES[:3]:
-        backend.step(example.encoded)
-        assert backend.digest() != digest
-        assert not torch.equal(backend.reference_losses(), losses)
-        backend.restore()
-        assert backend.digest() == digest
-        assert torch.equal(backend.reference_losses(), losses)
-    backend.null_step()
-    assert backend.digest() != digest
-    backend.restore()
-    assert backend.digest() == digest
+        tried.step(example.encoded)
+        assert tried.digest() != digest
+        assert not torch.equal(tried.reference_losses(reference), losses)
+        tried.restore()
+        assert tried.digest() == digest
+        assert torch.equal(tried.reference_losses(reference), losses)
+    tried.null_step()
+    assert tried.digest() != digest
+    tried.restore()
+    assert tried.digest() == digest
+    tried.step(EXAMPLES[0].encoded)
+    tried.reference_gradient(reference)
+    assert tried.digest() == digest
+    assert torch.equal(tried.reference_losses(reference), losses)
 
 
 def test_scores_do_not_depend_on_their_neighbours(warmed: Path) -> None:
@@ -172,16 +137,17 @@ def test_fresh_moments(model: LlamaForCausalLM, warmed: Path) -> None:
     assert estimator.score(EXAMPLES[0]).loss_after == pytest.approx(mean(reference_losses(stepped)), abs=1e-6)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_poison_is_quarantined_and_changes_nothing(warmed: Path, stage: int) -> None:
-    backend = student(warmed, stage)
-    estimator = exact(backend)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_poison_is_quarantined_and_changes_nothing(warmed: Path, backend: Backend) -> None:
+    poisoned = student(warmed, backend)
+    estimator = exact(poisoned)
     good = estimator.score(EXAMPLES[0])
     tokens = EXAMPLES[1].encoded.input_ids
     masked = estimator.score(Example("masked", Encoded(tokens, [-100] * len(tokens))))
     assert masked.quarantine == "no response token within student.max_length"
     assert masked.influence is None
-    embedding = backend._engine.module.model.get_input_embeddings()
+    module = poisoned._engine.module if isinstance(poisoned, ZeroStudent) else poisoned._modules["warmed"]  # type: ignore[attr-defined]
+    embedding = module.model.get_input_embeddings()
     handle = embedding.register_forward_hook(lambda module, inputs, output: output * torch.nan)
     assert estimator.score(EXAMPLES[1]).quarantine == "loss of the example is nan"
     handle.remove()
@@ -199,9 +165,9 @@ def spoil_gradient(module: torch.nn.Module, inputs: object, output: torch.Tensor
 
 
 def test_a_state_that_is_not_restored_is_noticed(warmed: Path) -> None:
-    backend = student(warmed)
-    estimator = exact(backend)
-    backend.restore = lambda: None  # type: ignore[method-assign]
+    broken = student(warmed)
+    estimator = exact(broken)
+    broken.restore = lambda: None  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="not restored exactly"):
         estimator.score(EXAMPLES[0])
 

@@ -19,7 +19,7 @@ from transformers import (
 
 from montessori_ray.errors import DataError
 from montessori_ray.influence import reference
-from montessori_ray.influence.reference import ReferenceSet, ResponseLoss, influence_and_se
+from montessori_ray.influence.reference import ReferenceSet, ResponseLoss, influence_and_se, row_weights
 from montessori_ray.training.chat import Encoded
 
 VOCAB = 97
@@ -102,7 +102,7 @@ def test_batches_keep_to_the_budget() -> None:
 def test_ranks_split_the_rows_and_run_the_same_passes(world: int) -> None:
     model = ResponseLoss(model_of("llama"))
     rows = random_rows([3, 17, 9, 2, 30, 11, 17])
-    shares = [ReferenceSet(rows, 40, 0, rank, world) for rank in range(world)]
+    shares = [ReferenceSet(rows, 40, 0, rank=rank, world=world) for rank in range(world)]
     assert len({tuple(len(batch.rows) for batch in share.batches) for share in shares}) == 1
     losses = [share.losses(model, torch.device("cpu")) for share in shares]
     together = torch.stack(losses).nanmean(dim=0)
@@ -119,6 +119,15 @@ def test_a_row_without_response_is_refused() -> None:
 
 def test_influence_and_standard_error() -> None:
     before, after = torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([1.5, 1.5, 3.5]).double()
-    influence, error = influence_and_se(before, after)
+    influence, error = influence_and_se(before, after, torch.full((3,), 1 / 3).double())
     assert influence == pytest.approx(1 / 6)
     assert error == pytest.approx(math.sqrt(sum((d - 1 / 6) ** 2 for d in (0.5, -0.5, 0.5)) / 2 / 3))
+
+
+def test_standard_error_of_a_weighted_mean_is_its_spread_over_samples() -> None:
+    """Against the spread of the weighted mean over 20,000 draws of the rows' differences."""
+    generator = torch.Generator().manual_seed(0)
+    weights = row_weights([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], "token", 0)
+    draws = torch.randn(20_000, 10, generator=generator, dtype=torch.float64)
+    errors = [influence_and_se(torch.zeros(10).double(), draw, weights)[1] ** 2 for draw in draws[:2000]]
+    assert sum(errors) / len(errors) == pytest.approx(float((draws @ weights).var()), rel=0.1)

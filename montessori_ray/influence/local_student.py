@@ -1,0 +1,162 @@
+"""Backend `local`: the warmed student on one device, as flat buffers.
+
+Five buffers hold everything: the warmed weights, AdamW's two moments, the gradient of one example, and the stepped
+weights. A step reads the first four and writes the last one, so the warmed state is never touched and going back to it
+costs nothing. Two copies of the module look into the two weight buffers; no engine hooks are in their way, so their
+passes can be compiled.
+
+Memory: 20 bytes a weight, and activations.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from montessori_ray.influence.estimators import NotFiniteError
+from montessori_ray.influence.fingerprint import checksum, generator_states
+from montessori_ray.influence.moments import MOMENTS, open_moments
+from montessori_ray.influence.reference import Precision, ReferenceSet, ResponseLoss
+from montessori_ray.influence.update import AdamW, adamw_change, clip_scale
+from montessori_ray.training.chat import Encoded, collate
+from montessori_ray.training.engine import load_model
+
+CHUNK = {"cpu": 2**18, "cuda": 2**26}
+"""Weights stepped at once: what a core's cache, or a corner of a GPU's memory, holds of the temporary tensors."""
+
+
+class LocalStudent:
+    """A warmed student that steps on one example, is measured on reference rows, and goes back; on one device.
+
+    Dropout is off throughout: an influence belongs to the example, not to a mask.
+    """
+
+    def __init__(
+        self, directory: Path, *, pad_token_id: int, rule: AdamW, device: torch.device, compiled: bool = False
+    ) -> None:
+        """Load the student.
+
+        Args:
+            directory: a Hugging Face model directory, with `optimizer.safetensors` beside it unless `rule.step` is 0.
+            pad_token_id: fills up short rows.
+            rule: settings of the step.
+            device: where all buffers live.
+            compiled: pass through `torch.compile`, once for batches of any shape.
+
+        Raises:
+            ModelError: the moments do not fit the model.
+        """
+        self._rule = rule
+        self._device = device
+        self._pad_token_id = pad_token_id
+        module = ResponseLoss(load_model(directory, 0).eval().to(device))
+        self._modules = {"warmed": module, "stepped": copy.deepcopy(module).requires_grad_(False)}
+        self._weights, self._stepped = (_flatten(copied) for copied in self._modules.values())
+        self._gradient = torch.zeros_like(self._weights)
+        self._moments = [torch.zeros_like(self._weights) for _ in MOMENTS]
+        if rule.step:
+            names = {parameter: name for name, parameter in module.model.named_parameters()}
+            with open_moments(directory, names) as read:
+                for moment, flat in zip(MOMENTS, self._moments, strict=True):
+                    for parameter, view in zip(module.parameters(), _views(module, flat), strict=True):
+                        view.copy_(read(moment, parameter))
+        _collect_gradients(module, self._gradient)
+        self._passes = {
+            state: torch.compile(copied, dynamic=True) if compiled else copied
+            for state, copied in self._modules.items()
+        }
+        self._state: Literal["warmed", "stepped"] = "warmed"
+
+    def set_precision(self, precision: Precision) -> None:
+        for module in self._modules.values():
+            module.precision = precision
+
+    def step(self, example: Encoded) -> float:
+        self._gradient.zero_()
+        tensors = collate([example], self._pad_token_id)
+        loss = self._passes["warmed"](**{name: tensor.to(self._device) for name, tensor in tensors.items()})[0]
+        loss.backward()
+        value, scale = loss.item(), clip_scale([self._gradient], self._rule.max_grad_norm)
+        if not math.isfinite(value):
+            raise NotFiniteError(f"loss of the example is {value}")
+        if not self._gradient.isfinite().all():
+            raise NotFiniteError("gradient of the example is not finite")
+        self._step(scale)
+        return float(value)
+
+    def null_step(self) -> None:
+        self._gradient.zero_()
+        self._step(torch.ones((), device=self._device))
+
+    def restore(self) -> None:
+        self._state = "warmed"
+
+    def digest(self) -> str:
+        tensors = [self._weights, *self._moments, *self._modules["warmed"].buffers(), *generator_states()]
+        if self._state == "stepped":
+            tensors.append(self._stepped)
+        return hashlib.sha256(repr([checksum(tensor) for tensor in tensors]).encode()).hexdigest()
+
+    def reference_losses(self, reference: ReferenceSet) -> Tensor:
+        return reference.losses(self._passes[self._state], self._device)
+
+    def reference_gradient(self, reference: ReferenceSet) -> list[Tensor]:
+        module = self._modules[self._state]
+        gradient = torch.zeros_like(self._weights)
+        module.requires_grad_(True)
+        _collect_gradients(module, gradient)
+        for loss in reference.weighted_losses(module, self._device):
+            loss.backward()
+        _collect_gradients(self._modules["stepped"].requires_grad_(False), None)
+        _collect_gradients(self._modules["warmed"], self._gradient)
+        self.restore()
+        return [gradient]
+
+    def change_along(self, gradient: list[Tensor]) -> float:
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for stepped, weights, slopes in self._chunks(self._stepped, self._weights, gradient[0]):
+            total += torch.dot(stepped - weights, slopes)
+        return total.item()
+
+    @torch.no_grad()
+    def _step(self, scale: Tensor) -> None:
+        """Write the stepped weights from the warmed state and the gradient times `scale`."""
+        buffers = (self._stepped, self._weights, self._gradient, *self._moments)
+        for stepped, weights, gradient, exp_avg, exp_avg_sq in self._chunks(*buffers):
+            change = adamw_change(weights, gradient * scale, exp_avg, exp_avg_sq, self._rule)
+            torch.add(weights, change, out=stepped)
+        self._state = "stepped"
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _chunks(self, *buffers: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        return zip(*(buffer.split(CHUNK[self._device.type]) for buffer in buffers), strict=True)
+
+
+def _flatten(module: nn.Module) -> Tensor:
+    """Put all parameters, tied ones once, end to end into one new buffer, which they then look into."""
+    flat = torch.cat([parameter.detach().reshape(-1) for parameter in module.parameters()])
+    for parameter, view in zip(module.parameters(), _views(module, flat), strict=True):
+        parameter.data = view
+    return flat
+
+
+def _collect_gradients(module: nn.Module, buffer: Tensor | None) -> None:
+    """Have backward passes add to a flat buffer, or to none."""
+    views = _views(module, buffer) if buffer is not None else (None for _ in module.parameters())
+    for parameter, view in zip(module.parameters(), views, strict=True):
+        parameter.grad = view
+
+
+def _views(module: nn.Module, flat: Tensor) -> Iterator[Tensor]:
+    offset = 0
+    for parameter in module.parameters():
+        yield flat[offset : offset + parameter.numel()].view(parameter.shape)
+        offset += parameter.numel()
