@@ -20,10 +20,11 @@ from rich.text import Text
 
 from montessori_ray import loop
 from montessori_ray.cluster import address_of, cluster_nodes, connected, require_room, say_bundles, this_machine
-from montessori_ray.config import Config, load_config
+from montessori_ray.config import Config, load_config, score_settings
 from montessori_ray.errors import RunError, UserError
+from montessori_ray.scoring import EXAMPLES, INFLUENCE, score_files
 from montessori_ray.session import open_run
-from montessori_ray.telemetry.console import clock, say_progress, stage_table
+from montessori_ray.telemetry.console import clock, influence_tables, say_progress, stage_table
 from montessori_ray.telemetry.events import read_events
 from montessori_ray.telemetry.progress import Progress
 
@@ -147,6 +148,38 @@ def status(directory: Annotated[str, typer.Argument(metavar="RUN", help="the run
         progress = Progress(**{name: latest[name] for name in ("done", "total", "unit", "note")})
         ago = time.time() - latest["time"]
         typer.echo(f"{latest['stage']}: {say_progress(progress, latest['rate'], ago)} ({clock(ago)} ago)")
+
+
+@app.command()
+@said_plainly
+def score(
+    student: Annotated[str, typer.Option(help="Hub name or folder of the student, warmed up or not")],
+    examples: Annotated[Path, typer.Option(help="JSONL or Parquet: instruction, response; example_id, prompt_id kept")],
+    reference: Annotated[Path, typer.Option(help="JSONL or Parquet: instruction, response")],
+    output: Annotated[str, typer.Option(help="run directory of the result; the same command continues it")],
+    overrides: Overrides = None,
+    optimizer_state: Annotated[
+        str | None, typer.Option(help="folder of AdamW's state, or none: fresh moments  [default: the student's own]")
+    ] = None,
+    warm_up: Annotated[Path | None, typer.Option(help="warm the student up on these rows first")] = None,
+) -> None:
+    """Score any examples for any student: how much one step on each helps with the reference rows.
+
+    Overrides are settings of the `score` section (`estimator=first_order baseline=warmed groups=4`), or dotted ones
+    (`student.max_length=512`).
+    """
+    files = {"examples": examples, "reference": reference, **({"warm_up": warm_up} if warm_up else {})}
+    tree = {
+        "run": output,
+        "student": {"model": student},
+        "data": {name: {"path": str(path.absolute()), "response": "response"} for name, path in files.items()},
+        "score": {"optimizer_state": optimizer_state},
+    }
+    run = score_files(score_settings(tree, overrides))
+    influence = run.artifact(INFLUENCE)
+    texts = {row["example_id"]: row["instruction"] for row in run.artifact(EXAMPLES).rows()}
+    for table in influence_tables(influence.require().details, list(influence.rows()), texts):
+        RichConsole(soft_wrap=True, highlight=False).print(table)
 
 
 @app.command("prune-student")

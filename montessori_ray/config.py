@@ -8,11 +8,12 @@ is docs/settings.md. Unknown keys, wrong types and settings that contradict each
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from montessori_ray.errors import ConfigError
 
@@ -339,6 +340,9 @@ class Score(Section):
     student itself (`warmed`, the paper)."""
     learning_rate: Positive | None = None
     """Rate of the one step; None takes the rate at which warm-up ended (paper)."""
+    optimizer_state: str | None = None
+    """Directory with AdamW's state (`optimizer.json`, `optimizer.safetensors`), or `none` for fresh moments, which need
+    a `learning_rate`; None takes the state beside the warmed student's weights (paper)."""
     groups: Count = 1
     """Scoring groups, each with a whole copy of the student."""
     group_size: Count = 1
@@ -362,6 +366,11 @@ class Score(Section):
     """Padded tokens in one forward pass over reference rows; bounds memory, changes no score beyond rounding."""
     verify_every: Count = 64
     """Points between checks that the restored state equals the warmed one bit for bit."""
+
+    @field_validator("optimizer_state")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        return value if value in (None, "none") else os.path.abspath(value)  # workers have other working directories
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -476,7 +485,46 @@ class Config(Section):
         return self
 
 
-def content_settings(config: Config, keys: tuple[str, ...]) -> dict[str, Any]:
+class ScoredStudent(Section):
+    """A student to score instruction data for."""
+
+    model: str
+    """Hub name, local directory (a warmed student of a run, say), or `embedded:smollm2-135m-instruct`."""
+    drop_layers: tuple[int, ...] = ()
+    """As `Student.drop_layers`."""
+    chat_template: str | None = None
+    """A Jinja chat template, or a path of one; None takes the tokenizer's own."""
+    max_length: Count = 1024
+    """Tokens of an example, prompt and response; longer ones are cut at the end."""
+
+
+class ScoredData(Section):
+    """Rows to score, what they should help with, and rows to warm up on."""
+
+    examples: DataFile
+    """Instructions and responses; `example_id` and `prompt_id` columns are kept where there are such."""
+    reference: DataFile
+    """Rows whose loss defines influence."""
+    warm_up: DataFile | None = None
+    """Rows to fine-tune the student on before scoring; None scores it as it is."""
+
+
+class ScoreFiles(Section):
+    """Scoring files of examples without the loop: what `montessori score` fills in."""
+
+    run: str
+    """Directory of the result: `influence/` with Parquet parts, beside what it was made from."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Order of the warm-up rows."""
+    cluster: Cluster = Cluster()
+    data: ScoredData
+    student: ScoredStudent
+    warm_up: WarmUp = WarmUp()
+    score: Score = Score()
+    telemetry: Telemetry = Telemetry()
+
+
+def content_settings(config: Section, keys: tuple[str, ...]) -> dict[str, Any]:
     """The settings under dotted `keys` that decide a result: dotted leaf -> value, `speed_only` fields left out."""
     leaves: dict[str, Any] = {}
     for key in keys:
@@ -510,6 +558,20 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{path}: {_describe(error)}") from None
+
+
+def score_settings(tree: dict[str, Any], overrides: list[str] | None = None) -> ScoreFiles:
+    """Settings for scoring files, from a tree and overrides; a key without a dot is one of the `score` section.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    for override in overrides or []:
+        _set_dotted(tree, override if "." in override.partition("=")[0] else f"score.{override}")
+    try:
+        return ScoreFiles.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_describe(error)) from None
 
 
 def _read_tree(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:

@@ -54,6 +54,30 @@ def read_rows(role: str, file: DataFile, *, needs_response: bool) -> Iterator[di
         }
 
 
+def read_examples(file: DataFile) -> Iterator[dict[str, Any]]:
+    """Rows `example_id, prompt_id, instruction, response` to score; an empty response is a row all the same.
+
+    Columns `example_id` and `prompt_id` are kept where the file has them; an example without a prompt is its own.
+
+    Raises:
+        DataError: as `read_rows`, or an `example_id` occurs twice.
+    """
+    table = _open("examples", file)
+    seen: set[str] = set()
+    for number, row in enumerate(read_rows("examples", file, needs_response=False), start=file.start):
+        given = table[number]
+        example_id = str(given.get("example_id") or row["example_id"])
+        if example_id in seen:
+            raise DataError(f"data.examples: {file.path} has the example_id {example_id!r} twice; make them unique")
+        seen.add(example_id)
+        yield {
+            "example_id": example_id,
+            "prompt_id": str(given.get("prompt_id") or example_id),
+            "instruction": row["instruction"],
+            "response": row["response"] or "",
+        }
+
+
 def _text(where: str, row: dict[str, Any], column: str) -> str:
     """A cell without white space around it; empty for none."""
     cell = row[column]

@@ -11,12 +11,12 @@ from functools import partial
 
 from montessori_ray.artifacts.run import Run
 from montessori_ray.cluster import Bundle, require_room
-from montessori_ray.config import Config, Training
+from montessori_ray.config import Config, ScoreFiles, Training
 from montessori_ray.errors import ConfigError, RunError
 from montessori_ray.session import Session
 from montessori_ray.stages import evaluate, inputs, pair, score, split, synthesize, train, tune_teacher
 from montessori_ray.stages import schemas as columns
-from montessori_ray.stages.base import Stage, identity_of
+from montessori_ray.stages.base import AnySettings, Stage, identity_of
 
 SEEDS, REFERENCE, HELD_OUT = "inputs/seeds", "inputs/reference", "inputs/held_out"
 TEACHER, STUDENT = "inputs/teacher", "inputs/student"
@@ -123,12 +123,12 @@ def _tune(config: Config, name: str, teacher: str) -> list[Stage]:
         ),
         Stage(
             name=f"{name}/warm_up", output=warmed, body=train.warm_up, inputs=(STUDENT, warmup_set),
-            settings=("seed", "warm_up", *STUDENT_KEYS), bundles=_training_bundles(config.warm_up),
+            settings=("seed", "warm_up", *STUDENT_KEYS), bundles=training_bundles(config.warm_up),
         ),
         Stage(
             name=f"{name}/score", output=influence, body=score.score_probing_set, schema=columns.INFLUENCE,
             inputs=(warmed, REFERENCE, probing_set), settings=("score", *STUDENT_KEYS),
-            bundles=_score_bundles(config), rows=config.split.probing,
+            bundles=score_bundles(config), rows=config.split.probing,
         ),
         Stage(
             name=f"{name}/pair", output=pairs, body=pair.pair, schema=columns.PAIRS,
@@ -137,7 +137,7 @@ def _tune(config: Config, name: str, teacher: str) -> list[Stage]:
         Stage(
             name=f"{name}/tune_teacher", output=f"{name}/teacher", body=tune_teacher.tune_teacher,
             inputs=(teacher, pairs), settings=("seed", "tune_teacher", "synthesize.prompt_style"),
-            bundles=_training_bundles(config.tune_teacher),
+            bundles=training_bundles(config.tune_teacher),
         ),
     ]  # fmt: skip
 
@@ -154,7 +154,7 @@ def _train_and_evaluate(config: Config, fresh_sets: list[str]) -> list[Stage]:
         Stage(
             name="final/train_student", output="final/student", body=train.train_student,
             inputs=(STUDENT, "final/training_set"), settings=("seed", "train_student", *STUDENT_KEYS),
-            bundles=_training_bundles(config.train_student),
+            bundles=training_bundles(config.train_student),
         ),
     ]  # fmt: skip
     fresh_influence: tuple[str, ...] = ()
@@ -164,7 +164,7 @@ def _train_and_evaluate(config: Config, fresh_sets: list[str]) -> list[Stage]:
             Stage(
                 name="final/score_fresh", output="final/fresh_influence", body=score.score,
                 schema=columns.INFLUENCE, inputs=(FIRST_WARMED, REFERENCE, *fresh_sets),
-                settings=("score", *STUDENT_KEYS), bundles=_score_bundles(config),
+                settings=("score", *STUDENT_KEYS), bundles=score_bundles(config),
                 rows=config.evaluate.fresh * len(fresh_sets),
             )
         )  # fmt: skip
@@ -178,16 +178,18 @@ def _train_and_evaluate(config: Config, fresh_sets: list[str]) -> list[Stage]:
     return stages
 
 
-def _training_bundles(training: Training) -> tuple[Bundle, ...]:
+def training_bundles(training: Training) -> tuple[Bundle, ...]:
     return (training.worker.bundle,) * training.workers
 
 
-def _score_bundles(config: Config) -> tuple[Bundle, ...]:
+def score_bundles(config: AnySettings) -> tuple[Bundle, ...]:
     return (config.score.worker.bundle,) * (config.score.groups * config.score.group_size)
 
 
-def bundles_of(stage: Stage, config: Config) -> list[Bundle]:
+def bundles_of(stage: Stage, config: AnySettings) -> list[Bundle]:
     """Everything a stage holds at once: its own workers, and the pool where it uses it or it stays up."""
+    if isinstance(config, ScoreFiles):
+        return list(stage.bundles)
     pool = [config.pool.worker.bundle] * config.pool.replicas
     return [*stage.bundles, *(pool if stage.teacher or (config.pool.resident and stage.bundles) else [])]
 
@@ -209,7 +211,7 @@ def select(stages: Sequence[Stage], kinds: Sequence[str], iteration: int | None)
     return chosen
 
 
-def check_run(stages: Sequence[Stage], config: Config, run: Run) -> None:
+def check_run(stages: Sequence[Stage], config: AnySettings, run: Run) -> None:
     """Compare everything the run already holds with the settings, before anything is started.
 
     Raises:
@@ -242,26 +244,36 @@ def run_loop(config: Config, *, kinds: Sequence[str] = (), iteration: int | None
         UserError: something given does not fit; said before anything expensive starts wherever it can be known.
     """
     stages = stages_of(config)
-    chosen = select(stages, kinds, iteration) if kinds else stages
+    return run_stages(config, stages, select(stages, kinds, iteration) if kinds else stages)
+
+
+def run_stages(config: AnySettings, stages: Sequence[Stage], chosen: Sequence[Stage]) -> Run:
+    """Run those of the `chosen` stages that are not finished, and before them all that check the user's input.
+
+    Raises:
+        UserError: as `run_loop`.
+    """
     with Session(config) as session:
         check_run(stages, config, session.run)
         session.write_config()
-        prepared = {stage.output for stage in _inputs()}
-        for stage in _inputs():
+        for stage in filter(_is_input, stages):
             session.execute(stage)
         unfinished = [stage for stage in chosen if session.run.artifact(stage.output).manifest() is None]
-        if kinds:
-            for stage in unfinished:
-                require_inputs(stage, stages, session.run, coming={other.output for other in unfinished})
+        for stage in unfinished:
+            require_inputs(stage, stages, session.run, coming={other.output for other in unfinished})
         if unfinished:
             nodes = session.connect()
             for stage in unfinished:
                 require_room(stage.name, bundles_of(stage, config), nodes)
         for stage in chosen:
-            if stage.output not in prepared:
+            if not _is_input(stage):
                 session.execute(stage)
         session.finish(stages)
         return session.run
+
+
+def _is_input(stage: Stage) -> bool:
+    return stage.name.startswith("inputs/")
 
 
 def made_from(name: str, stages: Sequence[Stage]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, Self
 
@@ -12,8 +13,8 @@ import yaml
 
 from montessori_ray.artifacts.run import Run
 from montessori_ray.cluster import Bundle, address_of, cluster_nodes, connected, say_bundles
-from montessori_ray.config import Config
-from montessori_ray.errors import RunError
+from montessori_ray.config import Config, ScoreFiles
+from montessori_ray.errors import RunError, UserError
 from montessori_ray.stages.base import Stage, StageContext, identity_of
 from montessori_ray.synthesis.pool import TeacherPool
 from montessori_ray.telemetry.console import Console
@@ -42,7 +43,7 @@ def open_run(root: str) -> Run:
 class Session:
     """Executes stages; the cluster and the pool come up when the first stage needs them."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config | ScoreFiles) -> None:
         self.config = config
         self.run = open_run(config.run)
         self.console = Console()
@@ -102,6 +103,8 @@ class Session:
         except BaseException as error:
             with suppress(RunError):  # a full disk must not hide the first error
                 artifact.add_seconds(time.monotonic() - started)
+                if isinstance(error, UserError):
+                    artifact.forget_if_empty()
                 self.events.write("stage_stopped", stage=stage.name, error=f"{type(error).__name__}: {error}")
             raise
         columns = {field.name: str(field.type) for field in stage.schema} if stage.schema else None
@@ -120,12 +123,14 @@ class Session:
         self.events.write("note", text=sentence, **fields)
         self.console.note(sentence)
 
-    def finish(self, stages: list[Stage]) -> None:
+    def finish(self, stages: Sequence[Stage]) -> None:
         """Show what happened, as far as the run got."""
         self.console.summary(self.run, stages)
 
     def _host(self, stage: Stage) -> Any:
         """Give the stage its teacher, or the pool's resources where it has none."""
+        if isinstance(self.config, ScoreFiles):
+            return None
         if stage.teacher is None:
             if self._pool is not None and stage.bundles and not self.config.pool.resident:
                 self._pool.release()

@@ -38,4 +38,8 @@ if [ "$lock" = cpu ]; then
 fi
 pip -r "$file"
 pip -e .
+if [ "$lock" = cpu ]; then # DeepSpeed's one operator that every training loads; else the first one waits 40 s for it
+  PATH="$PWD/.venv/bin:$PATH" DS_ACCELERATOR=cpu .venv/bin/python -c 'from deepspeed.comm.torch import build_shm_op; build_shm_op()' \
+    >/dev/null 2>&1 || fail "DeepSpeed's shared-memory operator does not compile; what it says: .venv/bin/ds_report"
+fi
 echo "$want" >"$stamp"

@@ -337,11 +337,19 @@ def test_content_settings_are_dotted_leaves_without_what_only_decides_speed(mini
         "score.estimator": "exact",
         "score.baseline": "null_step",
         "score.learning_rate": None,
+        "score.optimizer_state": None,
+        "score.correction_rows": 16,
+        "score.recheck": 16,
+        "score.loss_mean": "example",
+        "score.loss_batch": 8,
+        "score.reference_rows": None,
+        "score.precision": "auto",
         "seed": 0,
         "student.drop_layers": [1],
         "pair.rule": "all",
         "pair.margin_se": 0.0,
         "pair.max_pairs": None,
+        "pair.below_noise": "drop",
     }
 
 

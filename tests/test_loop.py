@@ -293,7 +293,7 @@ def written_config(run: Run) -> dict[str, Any]:
 def test_run_loop_refuses_changed_settings_before_it_starts_anything(run: Run) -> None:
     config = quickstart(f"run={run.root}", "telemetry.tracker=none")
     finish(run, by_name(config)["inputs/reference"], config)
-    with pytest.raises(RunError, match=r"inputs/reference was made with .*data\.reference\.rows: 48 -> 9"):
+    with pytest.raises(RunError, match=r"inputs/reference was made with .*data\.reference\.rows: 32 -> 9"):
         run_loop(quickstart(f"run={run.root}", "telemetry.tracker=none", "data.reference.rows=9"))
     with run.lock():
         assert not run.storage.exists("inputs/seeds")
@@ -305,7 +305,7 @@ def test_a_refused_run_keeps_the_settings_it_was_made_with(run: Run) -> None:
     run.storage.write("config.yaml", yaml.safe_dump(config.model_dump(mode="json")).encode())
     with pytest.raises(RunError):
         run_loop(quickstart(f"run={run.root}", "telemetry.tracker=none", "data.reference.rows=9"))
-    assert written_config(run)["data"]["reference"]["rows"] == 48
+    assert written_config(run)["data"]["reference"]["rows"] == 32
 
 
 def test_run_loop_refuses_unknown_stages_before_it_touches_the_run(run: Run) -> None:

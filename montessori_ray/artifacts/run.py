@@ -179,6 +179,11 @@ class Artifact:
         self.storage.write(f"{self.name}/{MANIFEST}", manifest.model_dump_json(indent=1).encode())
         return manifest
 
+    def forget_if_empty(self) -> None:
+        """Forget an unfinished artifact with nothing in it: a file that was refused must not bind the run to it."""
+        if self._files() == [BEGUN]:
+            self.remove()
+
     def add_seconds(self, seconds: float) -> None:
         """Remember time worked on an artifact that a session leaves unfinished."""
         begun = self.begun()

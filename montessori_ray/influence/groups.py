@@ -57,33 +57,75 @@ def score_loop(settings: dict[str, Any]) -> None:
     )
     if leader:
         ray.get(group.ledger.join.remote(group.name, scorer.baselines))
-    for lease in _leases(group, leader):
-        _score_lease(lease, scorer, group.ledger, leader)
+    leases = _Leases(group, leader)
+    rows = _Rows(group, leader)
+    for lease in leases:
+        for example in lease.examples:
+            if example is lease.examples[-1]:
+                leases.ask()
+            rows.add(lease, scorer.score(example).row())
+        rows.send()
+    rows.finish()
 
 
-def _leases(group: Group, leader: bool) -> Iterator[Lease]:
-    """The group's leases, on all its ranks, until scoring is over."""
-    while True:
-        offer: list[Lease | Wait | None] = [ray.get(group.ledger.lease.remote(group.name)) if leader else None]
-        if dist.get_world_size() > 1:
-            # WAIT is passed on too: ranks left alone in a broadcast for long would run into its timeout.
-            dist.broadcast_object_list(offer, src=0)
-        match offer[0]:
-            case None:
-                return
-            case Lease() as lease:
-                yield lease
-            case _:
-                time.sleep(WAIT_S)
+class _Leases:
+    """The group's leases, on all its ranks, until scoring is over; the next one can be asked for beforehand."""
+
+    def __init__(self, group: Group, leader: bool) -> None:
+        self._group = group
+        self._leader = leader
+        self._asked: ray.ObjectRef[Lease | Wait | None] | None = None
+
+    def ask(self) -> None:
+        """Ask for the next lease without waiting: late enough that no group holds examples it is far from scoring."""
+        if self._leader and self._asked is None:
+            self._asked = self._group.ledger.lease.remote(self._group.name)
+
+    def __iter__(self) -> Iterator[Lease]:
+        while True:
+            self.ask()
+            offer: list[Lease | Wait | None] = [ray.get(self._asked) if self._asked is not None else None]
+            self._asked = None
+            if dist.get_world_size() > 1:
+                # WAIT is passed on too: ranks left alone in a broadcast for long would run into its timeout.
+                dist.broadcast_object_list(offer, src=0)
+            match offer[0]:
+                case None:
+                    return
+                case Lease() as lease:
+                    yield lease
+                case _:
+                    time.sleep(WAIT_S)
 
 
-def _score_lease(lease: Lease, scorer: Scorer, ledger: Any, leader: bool) -> None:
-    """Score a lease in order, committing as rows pile up."""
-    rows: list[Row] = []
-    committed = time.monotonic()
-    for example in lease.examples:
-        rows.append(scorer.score(example).row())
-        last = example is lease.examples[-1]
-        if leader and (last or time.monotonic() - committed > COMMIT_S):
-            ray.get(ledger.commit.remote(lease.id, rows))
-            rows, committed = [], time.monotonic()
+class _Rows:
+    """Finished rows on their way to the ledger: sent as they pile up, while the next point is scored."""
+
+    def __init__(self, group: Group, leader: bool) -> None:
+        self._ledger = group.ledger
+        self._leader = leader
+        self._rows: list[Row] = []
+        self._lease_id = 0
+        self._sent = time.monotonic()
+        self._under_way: ray.ObjectRef[None] | None = None
+
+    def add(self, lease: Lease, row: Row) -> None:
+        """Take a row in the order of its lease."""
+        self._lease_id = lease.id
+        self._rows.append(row)
+        if time.monotonic() - self._sent > COMMIT_S:
+            self.send()
+
+    def send(self) -> None:
+        """Send what there is; waits only for what was sent before."""
+        if not self._leader or not self._rows:
+            return
+        self.finish()
+        self._under_way = self._ledger.commit.remote(self._lease_id, self._rows)
+        self._rows, self._sent = [], time.monotonic()
+
+    def finish(self) -> None:
+        """Wait until everything sent has arrived."""
+        if self._under_way is not None:
+            ray.get(self._under_way)
+            self._under_way = None

@@ -116,11 +116,11 @@ class Ledger:
     def release(self, group: str) -> None:
         """Return the leases of a group that died; an example it died over too often is quarantined."""
         held = [lease_id for lease_id, out in self._out.items() if out.group == group]
+        ids = [id_ for lease_id in held for id_ in self._out[lease_id].open_ids if id_ in self._open]
         for lease_id in reversed(held):
-            ids = [example_id for example_id in self._out[lease_id].open_ids if example_id in self._open]
             self._return(lease_id)
-            if ids:
-                self._count_death(ids[0])
+        if ids:
+            self._count_death(ids[0])
 
     def drain(self) -> list[Row]:
         """Rows that came in since the last call; each is handed over once."""
@@ -144,7 +144,7 @@ class Ledger:
         self._pending.extendleft(reversed(self._out.pop(lease_id).open_ids))
 
     def _count_death(self, example_id: str) -> None:
-        """Groups score a lease in order, so the first open example is the one a group died over."""
+        """Groups score leases, and each lease, in order: the first open example is the one a group died over."""
         self._deaths[example_id] += 1
         if self._deaths[example_id] >= MAX_DEATHS:
             reason = f"its scoring group died {MAX_DEATHS} times while scoring it"

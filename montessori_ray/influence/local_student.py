@@ -19,12 +19,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from montessori_ray.influence.estimators import NotFiniteError
 from montessori_ray.influence.fingerprint import checksum, generator_states
 from montessori_ray.influence.moments import MOMENTS, open_moments
 from montessori_ray.influence.reference import Precision, ReferenceSet, ResponseLoss
-from montessori_ray.influence.update import AdamW, adamw_change, clip_scale
+from montessori_ray.influence.update import AdamW, clip_scale
 from montessori_ray.training.chat import Encoded, collate
 from montessori_ray.training.engine import load_model
 
@@ -39,7 +40,14 @@ class LocalStudent:
     """
 
     def __init__(
-        self, directory: Path, *, pad_token_id: int, rule: AdamW, device: torch.device, compiled: bool = False
+        self,
+        directory: Path,
+        *,
+        pad_token_id: int,
+        rule: AdamW,
+        device: torch.device,
+        compiled: bool = False,
+        moments: Path | None = None,
     ) -> None:
         """Load the student.
 
@@ -49,6 +57,7 @@ class LocalStudent:
             rule: settings of the step.
             device: where all buffers live.
             compiled: pass through `torch.compile`, once for batches of any shape.
+            moments: directory of the moments where it is another one.
 
         Raises:
             ModelError: the moments do not fit the model.
@@ -63,7 +72,7 @@ class LocalStudent:
         self._moments = [torch.zeros_like(self._weights) for _ in MOMENTS]
         if rule.step:
             names = {parameter: name for name, parameter in module.model.named_parameters()}
-            with open_moments(directory, names) as read:
+            with open_moments(moments or directory, names) as read:
                 for moment, flat in zip(MOMENTS, self._moments, strict=True):
                     for parameter, view in zip(module.parameters(), _views(module, flat), strict=True):
                         view.copy_(read(moment, parameter))
@@ -83,17 +92,18 @@ class LocalStudent:
         tensors = collate([example], self._pad_token_id)
         loss = self._passes["warmed"](**{name: tensor.to(self._device) for name, tensor in tensors.items()})[0]
         loss.backward()
-        value, scale = loss.item(), clip_scale([self._gradient], self._rule.max_grad_norm)
+        value, norm = loss.item(), torch.linalg.vector_norm(self._gradient)
         if not math.isfinite(value):
             raise NotFiniteError(f"loss of the example is {value}")
-        if not self._gradient.isfinite().all():
+        if not norm.isfinite():
             raise NotFiniteError("gradient of the example is not finite")
-        self._step(scale)
+        self._gradient.mul_(clip_scale([norm], self._rule.max_grad_norm))
+        self._step()
         return float(value)
 
     def null_step(self) -> None:
         self._gradient.zero_()
-        self._step(torch.ones((), device=self._device))
+        self._step()
 
     def restore(self) -> None:
         self._state = "warmed"
@@ -126,12 +136,22 @@ class LocalStudent:
         return total.item()
 
     @torch.no_grad()
-    def _step(self, scale: Tensor) -> None:
-        """Write the stepped weights from the warmed state and the gradient times `scale`."""
-        buffers = (self._stepped, self._weights, self._gradient, *self._moments)
-        for stepped, weights, gradient, exp_avg, exp_avg_sq in self._chunks(*buffers):
-            change = adamw_change(weights, gradient * scale, exp_avg, exp_avg_sq, self._rule)
-            torch.add(weights, change, out=stepped)
+    def _step(self) -> None:
+        """Write the stepped weights from the warmed state and the clipped gradient.
+
+        By torch's fused kernel, as the student was warmed up with; it works in place, so on copies of a chunk.
+        """
+        rule = self._rule
+        for stepped, weights, gradient, *moments in self._chunks(
+            self._stepped, self._weights, self._gradient, *self._moments
+        ):
+            exp_avg, exp_avg_sq = (moment.clone() for moment in moments)
+            count = torch.tensor(float(rule.step), device=self._device)
+            adamw(
+                [stepped.copy_(weights)], [gradient], [exp_avg], [exp_avg_sq], [], [count], fused=True, amsgrad=False,
+                maximize=False, lr=rule.learning_rate, beta1=rule.betas[0], beta2=rule.betas[1], eps=rule.eps,
+                weight_decay=rule.weight_decay,
+            )  # fmt: skip
         self._state = "stepped"
         if self._device.type == "cuda":
             torch.cuda.synchronize()

@@ -127,11 +127,12 @@ class Scorer:
 
 def open_student(directory: Path, settings: ScoreSettings, pad_token_id: int) -> Student:
     """The warmed student on the backend that the settings choose, on this rank's device."""
-    rule = step_rule(directory, settings)
+    state = Path(settings.optimizer_state or directory)
+    kwargs: dict[str, Any] = {"pad_token_id": pad_token_id, "rule": step_rule(state, settings), "moments": state}
     if settings.backend == "zero" or settings.group_size > 1:
-        return ZeroStudent(directory, zero_stage=settings.zero_stage, pad_token_id=pad_token_id, rule=rule)
+        return ZeroStudent(directory, zero_stage=settings.zero_stage, **kwargs)
     device = torch.device("cuda", torch.cuda.current_device()) if settings.worker.gpus else torch.device("cpu")
-    return LocalStudent(directory, pad_token_id=pad_token_id, rule=rule, device=device, compiled=settings.compile)
+    return LocalStudent(directory, device=device, compiled=settings.compile, **kwargs)
 
 
 def precision_of(settings: ScoreSettings) -> Precision:
@@ -148,14 +149,19 @@ def _drawn(rows: Sequence[Encoded], count: int | None) -> list[Encoded]:
     return [rows[index] for index in sorted(random.Random(SAMPLE_SEED).sample(range(len(rows)), count))]
 
 
-def step_rule(student: Path, settings: ScoreSettings) -> AdamW:
-    """The warm-up's optimizer settings, with `score.learning_rate` where that is given."""
-    if (student / OPTIMIZER_JSON).exists():
-        return AdamW.load(student, settings.learning_rate)
+def step_rule(optimizer_state: Path, settings: ScoreSettings) -> AdamW:
+    """The warm-up's optimizer settings, with `score.learning_rate` where that is given; fresh ones where none are.
+
+    Raises:
+        ModelError: there is no optimizer state, and no rate to take a step without one.
+    """
+    if (optimizer_state / OPTIMIZER_JSON).exists():
+        return AdamW.load(optimizer_state, settings.learning_rate)
     if settings.learning_rate is None:
         raise ModelError(
-            f"{student} has no {OPTIMIZER_JSON}: it was not warmed up; set score.learning_rate to score it with fresh "
-            "moments"
+            f"{optimizer_state} has no {OPTIMIZER_JSON}, so the student was not warmed up: warm it up first "
+            "(data.warm_up), name an optimizer state (score.optimizer_state=DIR), or set score.learning_rate to step "
+            "with fresh moments"
         )
     return AdamW.fresh(settings.learning_rate)
 

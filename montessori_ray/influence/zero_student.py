@@ -36,6 +36,7 @@ class ZeroStudent:
         zero_stage: int,
         pad_token_id: int,
         rule: AdamW,
+        moments: Path | None = None,
     ) -> None:
         """Load the student; torch.distributed must be initialized with the ranks of the group.
 
@@ -44,6 +45,7 @@ class ZeroStudent:
             zero_stage: DeepSpeed ZeRO stage.
             pad_token_id: fills up short rows.
             rule: settings of the step.
+            moments: directory of the moments where it is another one.
 
         Raises:
             ModelError: the moments do not fit the model.
@@ -59,7 +61,7 @@ class ZeroStudent:
         if rule.step == 0:
             self._state.set_moments(0, None)
         else:
-            with open_moments(directory, names) as read:
+            with open_moments(moments or directory, names) as read:
                 self._state.set_moments(rule.step, read)
         self._state.save()
 

@@ -7,15 +7,21 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import pyarrow as pa
+from typing_extensions import TypeVar
 
 from montessori_ray.artifacts.manifest import Identity
 from montessori_ray.artifacts.run import Artifact, Run
-from montessori_ray.config import Config, content_settings
+from montessori_ray.config import Config, ScoreFiles, Section, content_settings
 from montessori_ray.synthesis.client import PoolClient
 from montessori_ray.telemetry.progress import ProgressChannel
+
+Settings = TypeVar("Settings", bound=Section, covariant=True, default=Config)
+"""The settings of a stage's job: the loop's, or those of scoring files."""
+
+AnySettings = Config | ScoreFiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +32,7 @@ class Stage:
     """Unique name, e.g. `iteration_00/score`."""
     output: str
     """The artifact it makes, e.g. `iteration_00/influence`."""
-    body: Callable[[StageContext], dict[str, Any]]
+    body: Callable[[StageContext[Any]], dict[str, Any]]
     """Makes the output; returns the details for its manifest. Continues what an earlier session committed."""
     inputs: tuple[str, ...] = ()
     """Artifacts it reads."""
@@ -48,11 +54,11 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class StageContext:
+class StageContext(Generic[Settings]):
     """What the body of a stage works with."""
 
     stage: Stage
-    config: Config
+    config: Settings
     run: Run
     progress: ProgressChannel
     note: Callable[..., None]
@@ -92,7 +98,7 @@ class StageContext:
             self.output.append(pa.Table.from_pylist(rows, schema=self.stage.schema))
 
 
-def identity_of(stage: Stage, config: Config, run: Run) -> Identity:
+def identity_of(stage: Stage, config: Section, run: Run) -> Identity:
     """What the stage's output is made from.
 
     Raises:

@@ -22,9 +22,12 @@ def evaluate(context: StageContext) -> dict[str, Any]:
     students = dict(zip(("original", "warmed", "trained"), context.stage.inputs[2:5], strict=True))
     sets = {name: list(context.input(position).rows()) for position, name in enumerate(SETS)}
     losses: dict[str, dict[str, list[float]]] = {}
-    for number, (student, _) in enumerate(students.items()):
+    measured = [_start_measuring(context, 2 + number, sets) for number in range(len(students))]
+    for number, student in enumerate(students):
         context.progress.update(number, len(students), unit="students")
-        losses[student] = _losses(context, 2 + number, sets)
+        values = ray.get(measured[number])
+        first = len(sets[SETS[0]])
+        losses[student] = {SETS[0]: values[:first], SETS[1]: values[first:]}
         for name, rows in sets.items():
             context.append(
                 {
@@ -43,22 +46,18 @@ def evaluate(context: StageContext) -> dict[str, Any]:
     return details
 
 
-def _losses(context: StageContext, position: int, sets: dict[str, list[dict[str, Any]]]) -> dict[str, list[float]]:
-    """Per-row losses of one student on all sets, computed on a worker of the scoring kind."""
+def _start_measuring(context: StageContext, position: int, sets: dict[str, list[dict[str, Any]]]) -> Any:
+    """Per-row losses of one student on all sets, one after the other, to come from a worker of the scoring kind."""
     from montessori_ray.evaluation.losses import row_losses  # late: see stages/__init__.py
 
     student, score = context.config.student, context.config.score
     worker = score.worker
     measure: Any = ray.remote(num_cpus=worker.cpus, num_gpus=worker.gpus)(row_losses)  # type: ignore[arg-type]
     rows = [row for name in SETS for row in sets[name]]
-    losses = ray.get(
-        measure.remote(
-            str(context.model(position)), rows, chat_template=student.chat_template, max_length=student.max_length,
-            tokens_a_pass=score.reference_tokens, threads=worker.threads, gpu=worker.gpus > 0,
-        )
+    return measure.remote(
+        str(context.model(position)), rows, chat_template=student.chat_template, max_length=student.max_length,
+        tokens_a_pass=score.reference_tokens, threads=worker.threads, gpu=worker.gpus > 0,
     )  # fmt: skip
-    first = len(sets[SETS[0]])
-    return {SETS[0]: losses[:first], SETS[1]: losses[first:]}
 
 
 def _loss_summary(losses: dict[str, dict[str, list[float]]]) -> dict[str, Any]:

@@ -7,8 +7,9 @@ import shutil
 from typing import Any
 
 from montessori_ray.artifacts.run import LOCATION
+from montessori_ray.config import ScoreFiles
 from montessori_ray.errors import DataError
-from montessori_ray.stages.base import StageContext
+from montessori_ray.stages.base import AnySettings, StageContext
 
 ROWS_A_PART = 10_000
 
@@ -27,7 +28,7 @@ def import_seeds(context: StageContext) -> dict[str, Any]:
     return _store(context, rows)
 
 
-def import_reference(context: StageContext) -> dict[str, Any]:
+def import_reference(context: StageContext[AnySettings]) -> dict[str, Any]:
     """Reference rows into `inputs/reference`."""
     from montessori_ray.data import read_rows  # late: see stages/__init__.py
 
@@ -44,11 +45,26 @@ def import_held_out(context: StageContext) -> dict[str, Any]:
     return _store(context, rows)
 
 
-def _store(context: StageContext, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def import_examples(context: StageContext[ScoreFiles]) -> dict[str, Any]:
+    """Rows to score into `inputs/examples`."""
+    from montessori_ray.data import read_examples  # late: see stages/__init__.py
+
+    return _store(context, list(read_examples(context.config.data.examples)))
+
+
+def import_warmup_set(context: StageContext[ScoreFiles]) -> dict[str, Any]:
+    """Rows to warm up on into `inputs/warmup_set`."""
+    from montessori_ray.data import read_rows  # late: see stages/__init__.py
+
+    assert context.config.data.warm_up is not None
+    return _store(context, list(read_rows("warm_up", context.config.data.warm_up, needs_response=True)))
+
+
+def _store(context: StageContext[AnySettings], rows: list[dict[str, Any]]) -> dict[str, Any]:
     context.output.discard_parts()
     for start in range(0, len(rows), ROWS_A_PART):
         context.append(rows[start : start + ROWS_A_PART])
-    return {"categories": len({row["category"] for row in rows} - {None})}
+    return {"categories": len({row.get("category") for row in rows} - {None})}
 
 
 def import_teacher(context: StageContext) -> dict[str, Any]:
@@ -57,7 +73,7 @@ def import_teacher(context: StageContext) -> dict[str, Any]:
     return _import_model(context, config.teacher.model, "teacher", None, config.pool.max_model_len, ())
 
 
-def import_student(context: StageContext) -> dict[str, Any]:
+def import_student(context: StageContext[AnySettings]) -> dict[str, Any]:
     """The original student as `inputs/student`, without `student.drop_layers`."""
     student = context.config.student
     return _import_model(
@@ -66,7 +82,12 @@ def import_student(context: StageContext) -> dict[str, Any]:
 
 
 def _import_model(
-    context: StageContext, model: str, role: str, template: str | None, length: int, drop_layers: tuple[int, ...]
+    context: StageContext[AnySettings],
+    model: str,
+    role: str,
+    template: str | None,
+    length: int,
+    drop_layers: tuple[int, ...],
 ) -> dict[str, Any]:
     """A model made here (unpacked, pruned) is copied into the run, where every node sees it; another one stays."""
     from montessori_ray.models import EMBEDDED, check_model, model_digest, prune_layers, resolve_model

@@ -9,7 +9,7 @@ from typing import Any
 
 from montessori_ray.evaluation.statistics import mean_se
 from montessori_ray.influence.agreement import agreement
-from montessori_ray.stages.base import StageContext
+from montessori_ray.stages.base import AnySettings, StageContext
 
 SUMMARY_COLUMNS = ["example_id", "prompt_id", "influence", "influence_se", "recheck_influence", "quarantine"]
 
@@ -17,7 +17,7 @@ ROWS_A_CHUNK = 256
 """Examples handed to the ledger at once; all the driver and the ledger hold besides finished rows."""
 
 
-def score(context: StageContext) -> dict[str, Any]:
+def score(context: StageContext[AnySettings]) -> dict[str, Any]:
     """Score the examples of all inputs after the warmed student and the reference set; continues row by row."""
     from montessori_ray.influence.driver import score_examples  # late: see stages/__init__.py
 

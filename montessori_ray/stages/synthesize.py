@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -115,16 +116,12 @@ def _answered_parts(context: StageContext, parts: list[str]) -> Iterator[pa.Tabl
     rows_a_part = settings.commit_prompts * settings.n
     answer = partial(
         _answer_part, client=context.pool, sampling=settings.responses, seed=context.config.seed,
-        tokenizer_folder=str(context.model(1)), concurrency=rows_a_part,
-        progress=context.progress,
+        concurrency=rows_a_part, progress=context.progress,
     )  # fmt: skip
     in_flight = min(len(parts), 1 + math.ceil(pool.replicas * pool.max_num_seqs / rows_a_part))
     items = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
     compute = ray.data.TaskPoolStrategy(size=in_flight)
-    # max_calls: a process that is kept would hold half a gigabyte of imports through all later stages.
-    tables = items.map_batches(
-        answer, batch_format="pyarrow", batch_size=None, num_cpus=0, compute=compute, max_calls=1
-    )
+    tables = items.map_batches(answer, batch_format="pyarrow", batch_size=None, num_cpus=0, compute=compute)
     batches: Any = tables.iter_batches(batch_format="pyarrow", batch_size=None)
     for table in batches:
         yield table.select(RESPONSES.names).cast(RESPONSES)
@@ -136,21 +133,16 @@ def _answer_part(
     client: PoolClient,
     sampling: Sampling,
     seed: int,
-    tokenizer_folder: str,
     concurrency: int,
     progress: ProgressChannel,
 ) -> pa.Table:
     """Responses (schema RESPONSES) to the kept instructions of one part; `item` has one row, the part's path."""
-    from transformers import AutoTokenizer
-
     with fsspec.open(item["part"][0].as_py(), "rb") as file:
         rows = [row for row in rows_of(pq.read_table(file)) if row["status"] == KEPT]
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    requests = []
-    for row in rows:
-        message = [{"role": "user", "content": row["instruction"]}]
-        text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
-        requests.append(_request(text, sampling, 1, _seed_of(row["example_id"], seed), ()))
+    requests = [
+        replace(_request(row["instruction"], sampling, 1, _seed_of(row["example_id"], seed), ()), is_message=True)
+        for row in rows
+    ]
     for number, (sample,) in client.generate_all(requests, concurrency=concurrency):
         rows[number] |= {
             "response": sample.text.strip(),

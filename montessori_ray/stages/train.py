@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from montessori_ray.config import Training
-from montessori_ray.stages.base import StageContext
+from montessori_ray.stages.base import AnySettings, StageContext
 
 
-def warm_up(context: StageContext) -> dict[str, Any]:
+def warm_up(context: StageContext[AnySettings]) -> dict[str, Any]:
     """The warmed student: weights and AdamW moments after one pass over the warm-up set."""
     return _fine_tune(context, context.config.warm_up, keep_optimizer=True)
 
@@ -18,7 +18,7 @@ def train_student(context: StageContext) -> dict[str, Any]:
     return _fine_tune(context, context.config.train_student, keep_optimizer=False)
 
 
-def _fine_tune(context: StageContext, training: Training, *, keep_optimizer: bool) -> dict[str, Any]:
+def _fine_tune(context: StageContext[AnySettings], training: Training, *, keep_optimizer: bool) -> dict[str, Any]:
     from montessori_ray.training.sft import fine_tune  # late: see stages/__init__.py
 
     student = context.config.student

@@ -48,7 +48,7 @@ class GenerationRequest:
     """One prompt and how to sample from it."""
 
     prompt: str
-    """Chat-rendered text: it holds the template's special tokens, and none are added."""
+    """Chat-rendered text, which holds the template's special tokens and gets no others; or a user's message."""
     n: int
     """Samples wanted."""
     seed: int
@@ -61,6 +61,8 @@ class GenerationRequest:
     """Longest sample, tokens; prompt and sample must fit the engine's context."""
     stop: tuple[str, ...] = ()
     """Texts that end a sample; they are part of it."""
+    is_message: bool = False
+    """Whether the prompt is a user's message, which the replica puts into the teacher's chat template."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,7 @@ class TeacherEngine:
         Raises ModelError when prompt and `max_tokens` do not fit the context.
         """
         # vLLM would add a second beginning-of-sequence token to a text prompt.
-        token_ids = self._tokenizer.encode(request.prompt, add_special_tokens=False)
+        token_ids = self._tokenizer.encode(self._rendered(request), add_special_tokens=False)
         if len(token_ids) + request.max_tokens > self._max_model_len:
             raise ModelError(
                 f"a prompt of {len(token_ids)} tokens and an answer of up to {request.max_tokens} do not fit the "
@@ -74,6 +74,12 @@ class TeacherEngine:
             os._exit(1)
         assert [output.index for output in final.outputs] == list(range(request.n))
         return [_to_sample(output) for output in final.outputs]
+
+    def _rendered(self, request: GenerationRequest) -> str:
+        if not request.is_message:
+            return request.prompt
+        chat = [{"role": "user", "content": request.prompt}]
+        return str(self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
 
     async def _final_output(self, token_ids: list[int], params: SamplingParams) -> RequestOutput:
         outputs = self._engine.generate(TokensPrompt(prompt_token_ids=token_ids), params, uuid.uuid4().hex)

@@ -6,7 +6,7 @@ Without a terminal (a job's log) the live line becomes a plain one every `LOG_SE
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -156,3 +156,52 @@ def result_tables(details: dict[str, Any]) -> list[Table]:
             )
         tables.append(fresh)
     return tables
+
+
+BINS = 15
+BAR = 40
+
+
+def influence_tables(
+    details: dict[str, Any], rows: Sequence[dict[str, Any]], instructions: Mapping[str, str]
+) -> list[Table | Text]:
+    """The distribution of influence, its most helpful and most harmful examples, and how sure the scores are."""
+    scored = sorted((row for row in rows if row["influence"] is not None), key=lambda row: row["influence"])
+    if not scored:
+        return [Text(f"no example has a score: {details['quarantined']}")]
+    low, high = scored[0]["influence"], scored[-1]["influence"]
+    counts = [0] * BINS
+    for row in scored:
+        counts[min(BINS - 1, int((row["influence"] - low) / ((high - low) or 1.0) * BINS))] += 1
+    histogram = Table(title="Influence (negative helps)", box=box.SIMPLE_HEAD, title_justify="left")
+    histogram.add_column("from", justify="right")
+    histogram.add_column("examples", justify="right")
+    histogram.add_column("")
+    for number, count in enumerate(counts):
+        start = low + (high - low) * number / BINS
+        style = "green" if start + (high - low) / BINS / 2 < 0 else "red"
+        histogram.add_row(f"{start:+.2e}", str(count), Text("█" * round(BAR * count / max(counts)), style=style))
+    ends = Table(title="Most helpful and most harmful", box=box.SIMPLE_HEAD, title_justify="left")
+    ends.add_column("influence", justify="right", no_wrap=True)
+    ends.add_column("instruction", overflow="ellipsis", no_wrap=True)
+    for row in [*scored[:5], *scored[-5:]] if len(scored) > 10 else scored:
+        error = "" if row["influence_se"] is None else f" ± {row['influence_se']:.1e}"
+        ends.add_row(f"{row['influence']:+.2e}{error}", " ".join(instructions[row["example_id"]].split())[:90])
+    return [histogram, ends, Text(_said_of_scores(details))]
+
+
+def _said_of_scores(details: dict[str, Any]) -> str:
+    mean, recheck = details["influence"], details["recheck"]
+    parts = [
+        f"{details['scored']} scored, {details['share_helpful']:.0%} help",
+        f"mean {mean['mean']:+.2e} ± {mean['se']:.1e}",
+    ]
+    if details["quarantined"]:
+        parts.append(f"{sum(details['quarantined'].values())} without a score {details['quarantined']}")
+    if recheck:
+        ranks = "" if recheck["spearman"] is None else f", rank correlation {recheck['spearman']:.3f}"
+        parts.append(
+            f"{recheck['points']} scored again (exact, float32): noise {recheck['noise']:.1e}, "
+            f"{recheck['same_sign']:.0%} of one sign{ranks}"
+        )
+    return "; ".join(parts)

@@ -104,6 +104,16 @@ def test_an_example_that_kills_its_groups_is_given_up() -> None:
     assert ids(ledger.lease("a")) == ["e1", "e2"]
 
 
+def test_only_the_example_at_work_is_blamed_for_a_death() -> None:
+    """A group asks for its next lease while it scores the last example of one."""
+    ledger, _ = ledger_of(4, lease_size=2)
+    for _ in range(MAX_DEATHS):
+        first, second = ledger.lease("a"), ledger.lease("a")
+        ledger.release("a")
+    assert (ids(first), ids(second)) == (["e0", "e1"], ["e2", "e3"])
+    assert [row["example_id"] for row in ledger.drain()] == ["e0"]
+
+
 class LedgerMachine(RuleBasedStateMachine):
     """Groups lease, commit in part, late or twice, die and hang, in any order."""
 

@@ -1,0 +1,100 @@
+"""`montessori score`: any examples for any student, checked before anything starts, continued, and with its tables."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from montessori_ray.cli import app
+from montessori_ray.telemetry.console import influence_tables
+
+ROWS = [
+    {"instruction": "Name a prime number.", "response": "Seven is a prime number."},
+    {"instruction": "What do bees make?", "response": "Bees make honey."},
+    {"instruction": "Spell cat.", "response": "C, a, t."},
+]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    examples = [{"example_id": f"mine-{number}", **row} for number, row in enumerate(ROWS)]
+    return {
+        "examples": write(tmp_path / "examples.jsonl", [*examples, {**ROWS[0], "example_id": "mute", "response": ""}]),
+        "reference": write(tmp_path / "reference.jsonl", ROWS[1:]),
+        "output": tmp_path / "scores",
+    }
+
+
+def command(files: dict[str, Path], *more: str, student: str = "embedded:smollm2-135m-instruct") -> list[str]:
+    options = [part for name, path in files.items() for part in (f"--{name}", str(path))]
+    return ["score", "--student", student, *options, "telemetry.tracker=none", *more]
+
+
+def said(arguments: list[str]) -> str:
+    """What a refused command says, on one line."""
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2, result.output
+    return " ".join(result.output.split())
+
+
+def test_bad_input_is_said_before_anything_starts(files: dict[str, Path], tmp_path: Path) -> None:
+    assert "no file at" in said(command({**files, "examples": tmp_path / "none.jsonl"}))
+    assert "score.estimator is 'exakt'" in said(command(files, "estimator=exakt"))
+    assert "unknown key score.estimate" in said(command(files, "estimate=exact"))
+    twice = write(tmp_path / "twice.jsonl", [{**ROWS[0], "example_id": "a"}, {**ROWS[1], "example_id": "a"}])
+    assert "has the example_id 'a' twice" in said(command({**files, "examples": twice}))
+    unmarked = write(tmp_path / "unmarked.jsonl", [{"instruction": "Hm?", "output": "x"}])
+    assert "has no column 'response'" in said(command({**files, "reference": unmarked, "output": tmp_path / "other"}))
+    assert "backend local holds the student on one device" in said(command(files, "backend=local", "group_size=2"))
+    assert "precision tf32 needs worker.gpus" in said(command(files, "precision=tf32"))
+
+
+def test_a_student_without_moments_must_be_given_some_or_a_rate(files: dict[str, Path]) -> None:
+    words = said(command(files))
+    assert "has no optimizer.json, so the student was not warmed up" in words
+    assert "data.warm_up" in words
+    assert "score.learning_rate" in words
+
+
+def test_tables_of_scores() -> None:
+    rows = [
+        {"example_id": str(number), "influence": value, "influence_se": None if number else 0.1, "quarantine": None}
+        for number, value in enumerate((-2.0, -1.0, 1.0))
+    ]
+    details = {
+        "scored": 3, "share_helpful": 2 / 3, "influence": {"mean": -2 / 3, "se": 0.9},
+        "quarantined": {"empty response": 1},
+        "recheck": {"points": 2, "noise": 0.01, "same_sign": 1.0, "spearman": None},
+    }  # fmt: skip
+    histogram, ends, sentence = influence_tables(details, rows, {str(number): f"do {number}" for number in range(3)})
+    assert sum(int(cell) for cell in histogram.columns[1].cells) == 3  # type: ignore[union-attr]
+    assert list(ends.columns[0].cells) == ["-2.00e+00 ± 1.0e-01", "-1.00e+00", "+1.00e+00"]  # type: ignore[union-attr]
+    assert "3 scored, 67% help" in str(sentence)
+    assert "1 without a score {'empty response': 1}" in str(sentence)
+    assert "2 scored again (exact, float32): noise 1.0e-02, 100% of one sign" in str(sentence)
+
+
+@pytest.mark.slow
+def test_scores_files_with_fresh_moments_and_continues(files: dict[str, Path]) -> None:
+    from montessori_ray.artifacts.run import Run
+
+    arguments = command(files, "learning_rate=1e-4", "estimator=corrected", "correction_rows=1", "recheck=1")
+    first = CliRunner().invoke(app, arguments)
+    assert first.exit_code == 0, first.output
+    rows = {row["example_id"]: row for row in Run(str(files["output"])).artifact("influence").rows()}
+    assert rows.keys() == {"mine-0", "mine-1", "mine-2", "mute"}
+    assert rows["mute"]["quarantine"] == "empty response"
+    assert rows["mine-0"]["recheck_influence"] == pytest.approx(rows["mine-0"]["influence"], rel=0.5)
+    assert rows["mine-1"]["influence"] < 0, "a step on a reference row itself helps"
+    assert "Influence (negative helps)" in first.output
+    again = CliRunner().invoke(app, arguments)
+    assert again.exit_code == 0
+    assert "kept" in again.output
+    assert "score.estimator: corrected -> exact" in said(command(files, "learning_rate=1e-4", "estimator=exact"))
