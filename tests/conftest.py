@@ -134,12 +134,11 @@ def wait_for_end(session: int, timeout: float = 60) -> None:
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> Driver:
     """A complete, undisturbed small loop on the real model; treat it as read-only.
 
-    `SMALL_RUN=DIR` takes the one an earlier test session left there, for work on these tests.
+    `SMALL_RUN=DIR` makes it there, or takes the one that an earlier test session made there.
     """
-    if kept := os.environ.get("SMALL_RUN"):
-        return Driver(Path(kept))
-    driver = Driver(tmp_path_factory.mktemp("small") / "run")
-    driver.finish()
+    kept = os.environ.get("SMALL_RUN")
+    driver = Driver(Path(kept) if kept else tmp_path_factory.mktemp("small") / "run")
+    driver.finish()  # of a complete run: looks, and starts nothing
     return driver
 
 

@@ -26,6 +26,9 @@ from montessori_ray.training.ray_train import start_training, stop_training, tra
 LOOK_S = 0.5
 """Seconds between looks at the ledger."""
 
+LEASES_AHEAD = 4
+"""Leases a group that wait in the ledger after a look; of points that take no time a group scores no more between two."""
+
 GOODBYE_S = 60.0
 """Seconds groups get to end by themselves when all rows are in; a busy machine takes ten to stop their processes."""
 
@@ -82,7 +85,7 @@ def score_examples(
     )
     groups = _start_groups(group, name, storage)
     try:
-        pump = _Pump(ledger, groups, settings, on_rows, progress, total, done)
+        pump = Pump(ledger, groups, settings, on_rows, progress, total, done)
         pump.run(examples)
         ray.wait(list(groups.values()), num_returns=len(groups), timeout=GOODBYE_S)
     except KeyboardInterrupt:
@@ -119,7 +122,7 @@ def _start_groups(first: Group, name: str, storage: str) -> dict[str, ray.Object
     }
 
 
-class _Pump:
+class Pump:
     """Moves examples into the ledger and rows out of it until all are in."""
 
     def __init__(
@@ -181,8 +184,8 @@ class _Pump:
         self._progress.update(self._done + self._points, self._total, unit="points", note=note, **metrics)
 
     def _feed(self, chunks: Iterator[list[Row]], backlog: int) -> bool:
-        """Keep two leases a group waiting; False when there are no more examples."""
-        while backlog < 2 * self._settings.groups * self._settings.lease_size:
+        """Keep a look's worth of leases waiting; False when there are no more examples."""
+        while backlog < LEASES_AHEAD * self._settings.groups * self._settings.lease_size:
             chunk = next(chunks, None)
             if chunk is None:
                 ray.get(self._ledger.complete.remote())

@@ -5,6 +5,7 @@ A file that imports no torch, which would more than double the memory of the act
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,6 +54,10 @@ class LedgerActor:
 
     def complete(self) -> None:
         self._ledger.complete()
+
+    def pid(self) -> int:
+        """Process id, for measurements."""
+        return os.getpid()
 
     def look(self) -> LedgerState:
         """The driver's look; takes the finished rows along."""

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 
@@ -171,3 +172,9 @@ def join_alone() -> None:
     os.environ["LOCAL_RANK"] = "0"  # DeepSpeed refuses to start without
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+
+
+def leave() -> None:
+    """Undo `join_alone`. DeepSpeed, where it was used, must let go of the group too, or it takes a later one for it."""
+    owner: Any = deepspeed.comm if deepspeed.comm.is_initialized() else dist
+    owner.destroy_process_group()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tests.cluster.test_kill_and_resume import influences
 from tests.conftest import ROOT, SMALL, Driver, processes_of, wait_for_end
 
 pytestmark = pytest.mark.slow
+HEAD, DASHBOARD, METRICS = 7379, 7265, (7080, 7081)
 RAY = str(Path(sys.executable).with_name("ray"))
 ENVIRONMENT = os.environ | {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
 
@@ -37,6 +39,7 @@ class Node:
 
 def start_node(*arguments: str) -> Node:
     line = [RAY, "start", "--block", "--num-cpus=1", "--object-store-memory=200000000", *arguments]
+    line += ["--min-worker-port=0", "--max-worker-port=0"]  # any: two nodes of one machine would share the default ones
     return Node(subprocess.Popen(line, env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL))
 
 
@@ -48,22 +51,31 @@ def answers(url: str) -> bytes | None:
         return None
 
 
-def until(happened: Callable[[], object], timeout: float = 120) -> None:
+def until(happened: Callable[[], object], timeout: float = 120, alive: Sequence[Node] = ()) -> None:
     deadline = time.monotonic() + timeout
     while not happened():
+        assert all(node.process.poll() is None for node in alive), "a node did not start"
         assert time.monotonic() < deadline
         time.sleep(0.2)
 
 
+def living_nodes() -> int:
+    reply = answers(f"http://127.0.0.1:{DASHBOARD}/api/v0/nodes?limit=10")
+    listed = json.loads(reply)["data"]["result"]["result"] if reply else []
+    return sum(node["state"] == "ALIVE" for node in listed)
+
+
 @pytest.fixture
 def cluster() -> Iterator[list[Node]]:
-    """A head with the dashboard on port 18265 and a second node, one CPU each."""
+    """A head with the dashboard and a second node, one CPU each."""
     head = start_node(
-        "--head", "--port=16379", "--include-dashboard=true", "--dashboard-port=18265", "--metrics-export-port=18080"
-    )
-    until(lambda: answers("http://127.0.0.1:18265/api/version"))
-    nodes = [head, start_node("--address=127.0.0.1:16379", "--metrics-export-port=18081")]
-    until(lambda: (answers("http://127.0.0.1:18265/nodes?view=summary") or b"").count(b"ALIVE") >= 2)
+        "--head", f"--port={HEAD}", "--include-dashboard=true", f"--dashboard-port={DASHBOARD}",
+        f"--metrics-export-port={METRICS[0]}",
+    )  # fmt: skip
+    until(lambda: answers(f"http://127.0.0.1:{DASHBOARD}/api/version"), alive=[head])
+    second = [f"--address=127.0.0.1:{HEAD}", f"--metrics-export-port={METRICS[1]}", "--dashboard-agent-listen-port=0"]
+    nodes = [head, start_node(*second)]
+    until(lambda: living_nodes() == 2, alive=nodes)
     yield nodes
     for node in reversed(nodes):
         if node.process.poll() is None:
@@ -71,7 +83,7 @@ def cluster() -> Iterator[list[Node]]:
 
 
 def submit(job: str, driver: Driver, *, wait: bool = True) -> subprocess.CompletedProcess[str]:
-    line = [RAY, "job", "submit", "--address", "http://127.0.0.1:18265", *([] if wait else ["--no-wait"])]
+    line = [RAY, "job", "submit", "--address", f"http://127.0.0.1:{DASHBOARD}", *([] if wait else ["--no-wait"])]
     line += ["--working-dir", ".", "--runtime-env-json", '{"excludes": [".venv", ".git", "runs", "tests"]}', "--"]
     line += [sys.executable, f"jobs/{job}.py", "--config", "configs/quickstart.yaml", f"run={driver.run}", *SMALL]
     return subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
@@ -86,7 +98,7 @@ def test_jobs_on_two_nodes(small_run: Driver, copy_until: Callable[[str], Driver
     submitted = submit("score", driver, wait=False)
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     until(lambda: driver.parts("iteration_00/influence"), timeout=200)
-    exported = [answers(f"http://127.0.0.1:{port}/metrics") or b"" for port in (18080, 18081)]
+    exported = [answers(f"http://127.0.0.1:{port}/metrics") or b"" for port in METRICS]
     assert re.search(
         rb'montessori_stage_total\{[^}]*Stage="iteration_00/score"|montessori_stage_total', b"".join(exported)
     )

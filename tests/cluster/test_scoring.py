@@ -1,6 +1,5 @@
 """Scoring on a real Ray cluster: same rows whatever the groups, their size, or who is killed."""
 
-import json
 import os
 import signal
 import subprocess
@@ -8,29 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import pytest
 import ray
 import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from montessori_ray.config import Score
 from montessori_ray.errors import ResourceError
 from montessori_ray.influence.driver import score_examples
-from montessori_ray.influence.scorer import Scorer, join_alone
+from montessori_ray.influence.scorer import Scorer, join_alone, leave
 from montessori_ray.telemetry.progress import ProgressChannel
+from tests.tiny import rows, write_student
 
 pytestmark = pytest.mark.slow
 
-WORDS = ["<pad>", "<user>", "<assistant>", "<end>", *(f"w{index}" for index in range(60))]
-TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 FORMAT: dict[str, Any] = {"chat_template": None, "max_length": 64}
 
 
@@ -42,47 +31,13 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def text(seed: int, length: int) -> str:
-    words = torch.randint(4, len(WORDS), (length,), generator=torch.Generator().manual_seed(seed))
-    return " ".join(WORDS[word] for word in words)
-
-
-def rows(count: int, seed: int) -> list[dict[str, Any]]:
-    return [
-        {
-            "example_id": f"e{index:03d}",
-            "prompt_id": f"p{index // 4}",
-            "instruction": text(seed + index, 3 + index % 7),
-            "response": text(seed + 500 + index, 4 + index % 5),
-        }
-        for index in range(count)
-    ]
-
-
 REFERENCE = rows(41, 10_000)
 
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny warmed student with a tokenizer, moments, and shapes that no shard count divides."""
     directory = tmp_path_factory.mktemp("student")
-    words = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<pad>"))
-    words.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>"]})
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(directory)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 30, "intermediate_size": 45, "num_hidden_layers": 2, "num_attention_heads": 5}
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=5, tie_word_embeddings=True, **sizes)  # type: ignore[arg-type]
-    )
-    model.save_pretrained(directory)
-    moments = {f"exp_avg.{name}": 1e-2 * torch.randn_like(value) for name, value in model.named_parameters()}
-    moments |= {f"exp_avg_sq.{name}": 1e-4 * torch.rand_like(value) for name, value in model.named_parameters()}
-    save_file({name: moment.detach() for name, moment in moments.items()}, directory / "optimizer.safetensors")
-    rule = {"step": 5, "learning_rate": 1e-3, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0.1}
-    (directory / "optimizer.json").write_text(json.dumps({**rule, "max_grad_norm": 0.7}))
+    write_student(directory)
     return directory
 
 
@@ -136,7 +91,7 @@ def alone(student: Path, examples: list[dict[str, Any]], **settings: Any) -> dic
         scorer = Scorer(student, REFERENCE, Score(reference_tokens=64, **settings), **FORMAT, worker="here")  # type: ignore[arg-type]
         return values([scorer.score(example).row() for example in reversed(examples)])
     finally:
-        deepspeed.comm.destroy_process_group()
+        leave()
 
 
 def values(rows: list[dict[str, Any]]) -> dict[str, tuple[Any, ...]]:

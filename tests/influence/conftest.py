@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
-import deepspeed
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from montessori_ray.influence.estimators import Exact, Example, Student
 from montessori_ray.influence.local_student import LocalStudent
 from montessori_ray.influence.reference import LossMean, ReferenceSet
-from montessori_ray.influence.scorer import join_alone
+from montessori_ray.influence.scorer import join_alone, leave
 from montessori_ray.influence.update import AdamW
 from montessori_ray.influence.zero_student import ZeroStudent
 from montessori_ray.training.chat import Encoded
@@ -28,8 +27,7 @@ def alone() -> Iterator[None]:
     torch.set_num_threads(1)
     join_alone()
     yield
-    owner = deepspeed.comm if deepspeed.comm.is_initialized() else torch.distributed  # an engine takes the group over
-    owner.destroy_process_group()
+    leave()
 
 
 def row(length: int, seed: int) -> Encoded:

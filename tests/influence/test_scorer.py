@@ -1,0 +1,88 @@
+"""A scorer on rows of text: its settings, its recheck, and what it refuses."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from montessori_ray.config import Score
+from montessori_ray.errors import ModelError
+from montessori_ray.influence.scorer import Scorer
+from tests.tiny import rows, write_student
+
+pytestmark = pytest.mark.usefixtures("alone")
+REFERENCE, EXAMPLES = rows(12, 10_000), rows(6, 0)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("student")
+    write_student(directory)
+    return directory
+
+
+@pytest.fixture
+def scorer(tiny: Path) -> Callable[..., Scorer]:
+    def make(student: Path = tiny, **settings: Any) -> Scorer:
+        return Scorer(
+            student, REFERENCE, Score(reference_tokens=64, **settings), chat_template=None, max_length=64, worker="me"
+        )
+
+    return make
+
+
+def influences(made: Scorer) -> list[float]:
+    scores = [made.score(example).influence for example in EXAMPLES]
+    assert None not in scores
+    return scores  # type: ignore[return-value]
+
+
+def test_an_exact_float32_score_is_its_own_recheck(scorer: Callable[..., Scorer]) -> None:
+    score = scorer().score({**EXAMPLES[0], "recheck": True})
+    assert (score.recheck_influence, score.recheck_influence_se) == (score.influence, score.influence_se)
+    assert scorer().score(EXAMPLES[0]).recheck_influence is None
+
+
+@pytest.mark.parametrize("backend", ["local", "zero"])
+@pytest.mark.parametrize("settings", [{"precision": "bfloat16"}, {"estimator": "first_order"}])
+def test_a_recheck_is_exact_in_float32(scorer: Callable[..., Scorer], backend: str, settings: dict[str, Any]) -> None:
+    made, exact = scorer(backend=backend, **settings), influences(scorer(backend=backend))
+    for example, expected in zip(EXAMPLES, exact, strict=True):
+        score = made.score({**example, "recheck": True})
+        assert score.recheck_influence == pytest.approx(expected, abs=1e-9)
+        assert score.influence not in (None, score.recheck_influence)
+        assert score.influence == pytest.approx(expected, abs=0.2)
+
+
+def test_fewer_reference_rows_are_the_same_ones_every_time(scorer: Callable[..., Scorer]) -> None:
+    few = influences(scorer(reference_rows=4))
+    assert few == influences(scorer(reference_rows=4))
+    assert few != influences(scorer())
+    assert influences(scorer(reference_rows=99)) == influences(scorer())
+
+
+def test_corrected_comes_nearer_to_exact_than_its_rows_alone(scorer: Callable[..., Scorer]) -> None:
+    exact = influences(scorer(learning_rate=1e-5))
+    corrected = influences(scorer(learning_rate=1e-5, estimator="corrected", correction_rows=4))
+    rows_alone = influences(scorer(learning_rate=1e-5, reference_rows=4))
+    assert math.dist(corrected, exact) < 0.1 * math.dist(rows_alone, exact)
+
+
+def test_a_compiled_student_gives_the_same_scores(scorer: Callable[..., Scorer]) -> None:
+    assert influences(scorer(compile=True)) == pytest.approx(influences(scorer()), abs=1e-6)
+
+
+def test_moments_may_lie_elsewhere_or_be_fresh(scorer: Callable[..., Scorer], tiny: Path, tmp_path: Path) -> None:
+    bare, state = tmp_path / "bare", tmp_path / "state"
+    for folder in (bare, state):
+        folder.mkdir()
+    for file in tiny.iterdir():
+        (state if file.name.startswith("optimizer") else bare).joinpath(file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ModelError, match=r"bare has no optimizer\.json.*data\.warm_up.*score\.optimizer_state=DIR"):
+        scorer(bare)
+    assert influences(scorer(bare, optimizer_state=str(state))) == influences(scorer())
+    fresh = influences(scorer(bare, learning_rate=1e-3))
+    assert fresh == influences(scorer(optimizer_state="none", learning_rate=1e-3))
+    assert fresh != influences(scorer(learning_rate=1e-3))
