@@ -8,6 +8,7 @@ is docs/settings.md. Unknown keys, wrong types and settings that contradict each
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -525,7 +526,10 @@ class ScoreFiles(Section):
 
 
 def content_settings(config: Section, keys: tuple[str, ...]) -> dict[str, Any]:
-    """The settings under dotted `keys` that decide a result: dotted leaf -> value, `speed_only` fields left out."""
+    """The settings under dotted `keys` that decide a result: dotted leaf -> value, `speed_only` fields left out.
+
+    A file of rows stands for its content: a job's copy of the working directory has it under another path.
+    """
     leaves: dict[str, Any] = {}
     for key in keys:
         node: Any = config
@@ -542,6 +546,21 @@ def _collect_leaves(node: Any, key: str, leaves: dict[str, Any]) -> None:
     for name in type(node).model_fields:
         if name not in node.speed_only:
             _collect_leaves(getattr(node, name), f"{key}.{name}", leaves)
+    if isinstance(node, DataFile):
+        leaves[f"{key}.path"] = _said_content(node.path)
+
+
+def _said_content(path: str) -> str:
+    """Name and digest of a local file or folder of files; anything else (a Hub name, a URL) as it is."""
+    place = Path(path)
+    if not place.exists():
+        return path
+    digest = hashlib.sha256()
+    for file in sorted(place.iterdir()) if place.is_dir() else [place]:
+        if file.is_file():
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+    return f"{place.name} (content {digest.hexdigest()[:12]})"
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:

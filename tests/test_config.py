@@ -375,3 +375,18 @@ def test_workers_ask_for_what_is_not_zero() -> None:
     assert WorkerResources(cpus=2, gpus=0).bundle == {"CPU": 2}
     assert WorkerResources(cpus=0, gpus=0.5).bundle == {"GPU": 0.5}
     assert [WorkerResources(cpus=cpus).threads for cpus in (0, 0.5, 1, 2.5, 8)] == [1, 1, 1, 2, 8]
+
+
+def test_a_file_of_rows_stands_for_its_content(minimal: Path, tmp_path: Path) -> None:
+    def settings(path: Path) -> dict[str, object]:
+        return content_settings(load_config(minimal, [f"data.seeds.path={path}"]), ("data.seeds",))
+
+    here, there = tmp_path / "a/seeds.jsonl", tmp_path / "b/seeds.jsonl"
+    for path in (here, there):
+        path.parent.mkdir()
+        path.write_text('{"instruction": "Name a prime."}\n', encoding="utf-8")
+    assert settings(here) == settings(there)
+    assert settings(here.parent)["data.seeds.path"] != settings(here)["data.seeds.path"]
+    there.write_text('{"instruction": "Name two primes."}\n', encoding="utf-8")
+    assert settings(here) != settings(there)
+    assert settings(Path("someone/dataset"))["data.seeds.path"] == "someone/dataset"

@@ -27,7 +27,7 @@ LOOK_S = 0.5
 """Seconds between looks at the ledger."""
 
 LEASES_AHEAD = 4
-"""Leases a group that wait in the ledger after a look; of points that take no time a group scores no more between two."""
+"""Leases a group that wait in the ledger after a look: a group scores no more than these until the next one."""
 
 GOODBYE_S = 60.0
 """Seconds groups get to end by themselves when all rows are in; a busy machine takes ten to stop their processes."""
