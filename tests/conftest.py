@@ -138,6 +138,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Driver:
     """
     kept = os.environ.get("SMALL_RUN")
     driver = Driver(Path(kept) if kept else tmp_path_factory.mktemp("small") / "run")
+    driver.run.parent.mkdir(parents=True, exist_ok=True)
     driver.finish()  # of a complete run: looks, and starts nothing
     return driver
 
