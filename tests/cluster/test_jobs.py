@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -66,7 +67,14 @@ def living_nodes() -> int:
 
 
 @pytest.fixture
-def cluster() -> Iterator[list[Node]]:
+def folder() -> Iterator[str]:
+    """For the second node: two nodes that share one would take a job's working directory from under each other."""
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as name:  # sockets need short paths
+        yield name
+
+
+@pytest.fixture
+def cluster(folder: str) -> Iterator[list[Node]]:
     """A head with the dashboard and a second node, one CPU each."""
     head = start_node(
         "--head", f"--port={HEAD}", "--include-dashboard=true", f"--dashboard-port={DASHBOARD}",
@@ -74,7 +82,7 @@ def cluster() -> Iterator[list[Node]]:
     )  # fmt: skip
     until(lambda: answers(f"http://127.0.0.1:{DASHBOARD}/api/version"), alive=[head])
     second = [f"--address=127.0.0.1:{HEAD}", f"--metrics-export-port={METRICS[1]}", "--dashboard-agent-listen-port=0"]
-    nodes = [head, start_node(*second)]
+    nodes = [head, start_node(*second, f"--temp-dir={folder}")]
     until(lambda: living_nodes() == 2, alive=nodes)
     yield nodes
     for node in reversed(nodes):
