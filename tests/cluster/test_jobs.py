@@ -76,18 +76,22 @@ def folder() -> Iterator[str]:
 @pytest.fixture
 def cluster(folder: str) -> Iterator[list[Node]]:
     """A head with the dashboard and a second node, one CPU each."""
-    head = start_node(
-        "--head", f"--port={HEAD}", "--include-dashboard=true", f"--dashboard-port={DASHBOARD}",
-        f"--metrics-export-port={METRICS[0]}",
-    )  # fmt: skip
-    until(lambda: answers(f"http://127.0.0.1:{DASHBOARD}/api/version"), alive=[head])
-    second = [f"--address=127.0.0.1:{HEAD}", f"--metrics-export-port={METRICS[1]}", "--dashboard-agent-listen-port=0"]
-    nodes = [head, start_node(*second, f"--temp-dir={folder}")]
-    until(lambda: living_nodes() == 2, alive=nodes)
-    yield nodes
-    for node in reversed(nodes):
-        if node.process.poll() is None:
-            node.kill()
+    nodes: list[Node] = []
+    try:
+        head = start_node(
+            "--head", f"--port={HEAD}", "--include-dashboard=true", f"--dashboard-port={DASHBOARD}",
+            f"--metrics-export-port={METRICS[0]}",
+        )  # fmt: skip
+        nodes.append(head)
+        until(lambda: answers(f"http://127.0.0.1:{DASHBOARD}/api/version"), alive=nodes)
+        second = [f"--address=127.0.0.1:{HEAD}", f"--metrics-export-port={METRICS[1]}"]
+        nodes.append(start_node(*second, "--dashboard-agent-listen-port=0", f"--temp-dir={folder}"))
+        until(lambda: living_nodes() == 2, alive=nodes)
+        yield nodes
+    finally:
+        for node in reversed(nodes):
+            if node.process.poll() is None:
+                node.kill()
 
 
 def submit(job: str, driver: Driver, *, wait: bool = True) -> subprocess.CompletedProcess[str]:
