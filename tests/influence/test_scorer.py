@@ -70,6 +70,7 @@ def test_corrected_comes_nearer_to_exact_than_its_rows_alone(scorer: Callable[..
     assert math.dist(corrected, exact) < 0.1 * math.dist(rows_alone, exact)
 
 
+@pytest.mark.slow
 def test_a_compiled_student_gives_the_same_scores(scorer: Callable[..., Scorer]) -> None:
     assert influences(scorer(compile=True)) == pytest.approx(influences(scorer()), abs=1e-6)
 
