@@ -44,6 +44,11 @@ The student is damaged less, so that examples help and harm about as often; one 
 """
 
 
+def _listen_to_ctrl_c() -> None:
+    """Programs that a shell started in the background ignore SIGINT, and so would their children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @dataclass
 class Driver:
     """`jobs/full_loop.py` in a process of its own, on a run directory."""
@@ -56,7 +61,7 @@ class Driver:
         log = self.log.open("a")
         return subprocess.Popen(
             [*command, *SMALL, *overrides], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, text=True,
-            start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "2"},
+            start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "2"}, preexec_fn=_listen_to_ctrl_c,
         )  # fmt: skip
 
     def finish(self, *overrides: str, job: str = "full_loop") -> str:

@@ -198,7 +198,7 @@ def pool() -> Iterator[TeacherPool]:
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("RAY_AUTH_MODE", "disabled")
         environment.setenv("OMP_NUM_THREADS", "2")
-        ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200_000_000)
+        ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=200_000_000)
         pool = TeacherPool(POOL)
         try:
             yield pool

@@ -14,7 +14,7 @@ from montessori_ray.training.ray_train import TrainingFailed, run_training, star
 def cluster():
     os.environ["RAY_AUTH_MODE"] = "disabled"
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "4"
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200_000_000, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=200_000_000, log_to_driver=False)
     yield
     ray.shutdown()
     del os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"]
