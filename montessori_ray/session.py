@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, Self
 
+import ray
 import yaml
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from montessori_ray.artifacts.run import Run
 from montessori_ray.cluster import Bundle, address_of, cluster_nodes, connected, say_bundles
@@ -78,7 +80,8 @@ class Session:
         started = time.monotonic()
         self._own_cluster = address_of(self.config.cluster) is None
         name = self._exit.enter_context(connected(self.config.cluster))
-        self._board = ProgressBoard.remote()  # type: ignore[attr-defined]  # added by @ray.remote
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # not to be lost
+        self._board = ProgressBoard.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
         nodes = cluster_nodes()
         self.note(f"Ray on {name}: {say_bundles(nodes)}, up in {time.monotonic() - started:.0f} s")
         return nodes

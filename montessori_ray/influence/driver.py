@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from montessori_ray.config import Score as ScoreSettings
 from montessori_ray.errors import ResourceError, UserError
 from montessori_ray.influence.groups import Group, score_loop
 from montessori_ray.influence.ledger import Row
-from montessori_ray.influence.ledger_actor import LedgerActor, LedgerState
+from montessori_ray.influence.ledger_actor import LedgerActor, LedgerState, release_leases
 from montessori_ray.telemetry.progress import ProgressChannel
 from montessori_ray.training.ray_train import start_training, stop_training, training_result
 
@@ -117,6 +118,8 @@ def _start_groups(first: Group, name: str, storage: str) -> dict[str, ray.Object
             workers=settings.group_size,
             worker=settings.worker,
             max_failures=settings.max_group_failures,
+            # At once: a group that waits for a lost node's replacement must not keep its leases from the others.
+            on_failure=partial(release_leases, group.ledger, group.name),
         )
         for group in groups
     }

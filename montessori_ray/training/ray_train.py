@@ -87,11 +87,16 @@ def start_training(
     workers: int,
     worker: WorkerResources,
     max_failures: int = 3,
+    on_failure: Callable[[], None] | None = None,
 ) -> ray.ObjectRef[dict[str, Any]]:
-    """`run_training` without the wait: several runs at once. Hand the reference to `training_result`."""
+    """`run_training` without the wait: several runs at once. Hand the reference to `training_result`.
+
+    `on_failure` is called, in a process of Ray Train's, as soon as a worker has died or raised, before it is replaced.
+    """
     fit = _fit.options(name=f"train:{name}", max_retries=max_failures)
     # As bytes: only the workers import what the loop needs, not the two processes of Ray Train between here and them.
-    return fit.remote(cloudpickle.dumps((loop, settings)), name, storage, workers, worker, max_failures)
+    call = cloudpickle.dumps((loop, settings))
+    return fit.remote(call, name, storage, workers, worker, max_failures, on_failure)
 
 
 def training_result(training: ray.ObjectRef[dict[str, Any]]) -> dict[str, Any]:
@@ -138,6 +143,7 @@ def _fit(
     workers: int,
     worker: WorkerResources,
     max_failures: int,
+    on_failure: Callable[[], None] | None,
 ) -> dict[str, Any]:
     """`TorchTrainer.fit` in a task: beside other runs, away from the driver's signal handlers, retried elsewhere if its
     node dies."""
@@ -155,7 +161,7 @@ def _fit(
             storage_path=storage,
             failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
-            callbacks=[_FailOnUserError()],
+            callbacks=[_AfterFailure(on_failure)],
             worker_runtime_env={"env_vars": worker_environment(worker)},
         ),
     )
@@ -182,10 +188,15 @@ def _run_loop(config: dict[str, Any]) -> dict[str, Any] | None:
     return cast(Loop, loop)(settings)
 
 
-class _FailOnUserError(UserCallback):
-    """Ends a run when a worker finds a mistake of the user's, which would be the same at every attempt."""
+class _AfterFailure(UserCallback):
+    """Says that workers failed, and ends a run where it was a mistake of the user's, the same at every attempt."""
+
+    def __init__(self, on_failure: Callable[[], None] | None) -> None:
+        self._on_failure = on_failure
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        if self._on_failure is not None:
+            self._on_failure()
         for failure in worker_exceptions.values():
             cause = _unwrapped(failure)
             if isinstance(cause, UserError):
