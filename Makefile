@@ -1,6 +1,6 @@
 # Two commands: `make quickstart` runs the whole loop on this machine, `make test` runs the tests. Both set up first.
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow lint types lock clean
+.PHONY: help setup quickstart test test-slow test-engines lint types lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -15,8 +15,11 @@ test: setup ## tests in under 15 minutes on 2 cores, one small loop on the real 
 	.venv/bin/python -m pytest -m "not slow"
 	.venv/bin/python -m pytest -m "slow and loop"
 
-test-slow: setup ## tests that start clusters, kill processes and resume
-	.venv/bin/python -m pytest -m "slow and not loop"
+test-slow: setup ## kill and resume, several nodes, in half an hour on 2 cores
+	.venv/bin/python -m pytest -m "slow and not loop" tests/cluster
+
+test-engines: setup ## the other slow tests: training, tuning and the teacher pool on their real engines
+	.venv/bin/python -m pytest -m "slow and not loop" --ignore tests/cluster
 
 lint: setup ## ruff, formatting included
 	.venv/bin/ruff check .

@@ -85,7 +85,7 @@ def test_tables_of_scores() -> None:
 def test_scores_files_with_fresh_moments_and_continues(files: dict[str, Path]) -> None:
     from montessori_ray.artifacts.run import Run
 
-    arguments = command(files, "learning_rate=1e-4", "estimator=corrected", "correction_rows=1", "recheck=1")
+    arguments = command(files, "learning_rate=1e-6", "estimator=corrected", "correction_rows=1", "recheck=1")
     first = CliRunner().invoke(app, arguments)
     assert first.exit_code == 0, first.output
     rows = {row["example_id"]: row for row in Run(str(files["output"])).artifact("influence").rows()}
@@ -97,4 +97,4 @@ def test_scores_files_with_fresh_moments_and_continues(files: dict[str, Path]) -
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 0
     assert "kept" in again.output
-    assert "score.estimator: corrected -> exact" in said(command(files, "learning_rate=1e-4", "estimator=exact"))
+    assert "score.estimator: corrected -> exact" in said(command(files, "learning_rate=1e-6", "estimator=exact"))

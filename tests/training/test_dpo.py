@@ -361,7 +361,9 @@ class KilledOnce(ProgressChannel):
     def update(
         self, done: int, total: int | None = None, *, unit: str = "rows", note: str = "", **metrics: float
     ) -> None:
-        """Called by the trainer after every step."""
+        """Called by the trainer after every step, and once before the first."""
+        if not done:
+            return
         steps = Path(self.log)
         killed = steps.exists() and steps.read_text().split().count("5") > 0
         with steps.open("a") as file:
