@@ -426,11 +426,40 @@ class TuneTeacher(Training):
     """Share of few-shot prompts whose pairs are kept out of training to measure accuracy and margin; at least one."""
 
 
+class Judge(Section):
+    """A model that says which of two answers is better: behind any OpenAI-compatible endpoint, or in the pool."""
+
+    speed_only = frozenset({"api_key_env", "concurrency"})
+
+    model: str
+    """Name of the model at the endpoint, or `pool`: the original teacher, hosted in the teacher pool."""
+    base_url: str | None = None
+    """Address of the endpoint, e.g. http://host:8000/v1; None for `model: pool` only."""
+    api_key_env: str | None = None
+    """Environment variable that holds the endpoint's key; None sends none, as servers of one's own need none."""
+    max_tokens: Count = 512
+    """Longest reply, tokens: a reason in a few sentences and the verdict."""
+    concurrency: Count = 16
+    """Questions under way at once."""
+
+    @model_validator(mode="after")
+    def _is_somewhere(self) -> Self:
+        if (self.model == "pool") != (self.base_url is None):
+            raise ValueError(
+                f"model {self.model} with base_url {self.base_url}: a judge is either `pool`, without a base_url, or a "
+                "model's name at the base_url of an OpenAI-compatible endpoint"
+            )
+        return self
+
+
 class Evaluate(Section):
     """Measuring whether the run helped."""
 
     fresh: Annotated[int, Field(ge=0)] = 200
     """Fresh instructions of the original and of each tuned teacher, scored against the same warmed student. 0: none."""
+    judge: Judge | None = None
+    """Who compares the answers of the original and of the trained student to the held-out instructions; None: nobody,
+    and no student answers."""
 
 
 class Telemetry(Section):
