@@ -554,6 +554,25 @@ class ScoreFiles(Section):
     telemetry: Telemetry = Telemetry()
 
 
+class Benchmarks(Section):
+    """Benchmarks of lm-evaluation-harness and how they are run: what `montessori benchmark --tasks` reads."""
+
+    tasks: Annotated[dict[str, Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    """Task or group of the harness -> examples shown before each question (shots)."""
+    backend: Literal["hf", "vllm"] = "hf"
+    """The harness's model class: transformers, or vLLM (faster on GPUs)."""
+    model_arguments: dict[str, Any] = {}
+    """Further arguments of that class, passed as they are (e.g. dtype, max_model_len, gpu_memory_utilization)."""
+    batch_size: Count | Literal["auto"] = "auto"
+    """Questions in one pass; `auto` lets the harness find the largest that fits."""
+    chat_template: bool = False
+    """Put questions into the model's chat template. The harness's published numbers, and the paper's, go without."""
+    task_folder: str | None = None
+    """Folder of task files of one's own, beside those the harness has."""
+    limit: Count | None = None
+    """Questions of each task, for a trial; None asks all."""
+
+
 def content_settings(config: Section, keys: tuple[str, ...]) -> dict[str, Any]:
     """The settings under dotted `keys` that decide a result: dotted leaf -> value, `speed_only` fields left out.
 
@@ -620,6 +639,21 @@ def score_settings(tree: dict[str, Any], overrides: list[str] | None = None) -> 
         return ScoreFiles.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(_describe(error)) from None
+
+
+def load_benchmarks(path: Path, overrides: list[str] | None = None) -> Benchmarks:
+    """Benchmarks from a YAML file and overrides.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    tree = _read_tree(path, ())
+    for override in overrides or []:
+        _set_dotted(tree, override)
+    try:
+        return Benchmarks.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_describe(error)}") from None
 
 
 def _read_tree(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
