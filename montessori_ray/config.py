@@ -275,6 +275,8 @@ class Training(Section):
     """Recompute activations in the backward pass to save memory."""
     checkpoint_steps: Count = 50
     """Optimizer steps between checkpoints that a killed training continues from."""
+    seed: Annotated[int, Field(ge=0)] | None = None
+    """Order of the rows; None takes the run's seed."""
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Self:
@@ -390,6 +392,11 @@ class Score(Section):
 class Pair(Section):
     """Influence -> preference pairs (paper section 3.3)."""
 
+    signal: Literal["influence", "training_loss", "llm_judge", "random", "shuffled_labels"] = "influence"
+    """What makes an example preferred to its siblings: influence (paper), or one of the paper's ablations and controls:
+    the warmed student's loss on the example itself above the siblings' mean (`training_loss`), a grade above their mean
+    (`llm_judge`, see `judge`), chance (`random`), or influence with the labels of every other pair, drawn at random,
+    exchanged (`shuffled_labels`: the same texts without the signal)."""
     rule: Literal["all", "best_worst"] = "all"
     """`all`: every helpful x harmful combination of a few-shot prompt (paper). `best_worst`: one pair a prompt."""
     margin_se: Annotated[float, Field(ge=0)] = 0.0
@@ -410,6 +417,12 @@ class DpoOptimizer(Optimizer):
 class TuneTeacher(Training):
     """DPO on the teacher (paper section 3.3): Training's settings and these."""
 
+    tunes: Literal["instruction", "response", "nothing"] = "instruction"
+    """What the pairs are made of: instructions of one few-shot prompt (paper), `candidates` responses to one
+    instruction (the paper's ablation; the original teacher then goes on writing the instructions), or `nothing`:
+    self-instruct, in which the original teacher writes everything."""
+    candidates: Annotated[int, Field(ge=2)] = 4
+    """Responses sampled to each probed instruction where responses are tuned."""
     optimizer: DpoOptimizer = DpoOptimizer()
     """AdamW settings."""
     batch_size: Count = 2
@@ -453,6 +466,15 @@ class Config(Section):
     """Rounds of synthesize, warm up, score, pair, tune (paper: 2)."""
     training_set: Count = 10_000
     """Examples the last teacher writes for the student (paper: 10K)."""
+    training_tokens: Count | None = None
+    """Response tokens of the training set: rows are taken in order until these are reached, so that teachers with
+    longer answers give no more to learn from. None sets no limit (paper)."""
+    training_select: Literal["all", "most_helpful"] = "all"
+    """`most_helpful`: `synthesize.n` times as many examples are scored against the warmed student and the most helpful
+    ones of each prompt kept (best of n, the way to spend scoring without tuning)."""
+    responses_by: Literal["tuned", "original"] = "tuned"
+    """Who answers a tuned teacher's instructions: itself (paper), or the original teacher, which keeps what the
+    instructions gain apart from what the answers gain."""
     cluster: Cluster = Cluster()
     data: Data
     teacher: Teacher
@@ -483,6 +505,12 @@ class Config(Section):
                     f"synthesize.{name}.max_tokens leaves no room for a prompt in pool.max_model_len "
                     f"{self.pool.max_model_len}"
                 )
+        if self.tune_teacher.tunes == "nothing" and self.iterations > 1:
+            raise ValueError(
+                f"tune_teacher.tunes is nothing, so {self.iterations} iterations are one: set iterations=1"
+            )
+        if self.tune_teacher.tunes == "response" and self.responses_by == "original":
+            raise ValueError("responses_by=original would never ask the teacher whose responses are tuned")
         return self
 
 

@@ -46,6 +46,18 @@ EXAMPLES = pa.schema(
     ]
 )
 
+CANDIDATES = pa.schema(
+    [
+        ("example_id", pa.string()),
+        ("prompt_id", pa.string()),  # the probed example whose instruction is answered
+        ("prompt", pa.string()),
+        ("raw_output", pa.string()),
+        ("instruction", pa.string()),
+        ("response", pa.string()),
+    ]
+)
+"""Several responses to one instruction: siblings as instructions of one few-shot prompt are."""
+
 INFLUENCE = pa.schema(
     [
         ("example_id", pa.string()),
@@ -55,6 +67,7 @@ INFLUENCE = pa.schema(
         ("influence", pa.float64()),
         ("influence_se", pa.float64()),
         ("estimator", pa.string()),
+        ("example_loss", pa.float64()),  # of the warmed student on the example itself
         ("step_seconds", pa.float64()),
         ("restore_seconds", pa.float64()),
         ("evaluate_seconds", pa.float64()),
