@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -455,6 +456,39 @@ class Telemetry(Section):
     """Project (W&B) or experiment (MLflow) name."""
 
 
+SHARED_BY_ARMS = ("run", "seed", "cluster", "data", "teacher", "student", "pool", "evaluate", "telemetry", "compare")
+"""What no arm of a comparison may change: only then do the arms differ in nothing else."""
+
+
+class Compare(Section):
+    """Arms of `montessori compare`: the same loop but for the settings each changes."""
+
+    arms: dict[str, dict[str, Any]]
+    """Name -> dotted settings over the config's, e.g. `shuffled_labels: {pair.signal: shuffled_labels}`; `{}` is the
+    config as it is."""
+    against: str
+    """The arm that all others are compared with."""
+    tuning_seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    """Seeds of `tune_teacher.seed`: so many tuned teachers an arm."""
+    student_seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    """Seeds of `train_student.seed`: so many students a teacher."""
+
+    @model_validator(mode="after")
+    def _arms_are_arms(self) -> Self:
+        if self.against not in self.arms:
+            raise ValueError(f"against is {self.against!r}, expected one of the arms: {', '.join(self.arms)}")
+        for name, settings in self.arms.items():
+            if not re.fullmatch(r"[a-z0-9_]+", name):
+                raise ValueError(f"arm {name!r}: a name is made of a-z, 0-9 and _, it becomes a folder")
+            for key in settings:
+                if key.partition(".")[0] in SHARED_BY_ARMS:
+                    raise ValueError(f"arm {name} changes {key}, which all arms share: compare two runs instead")
+        for seeds in (self.tuning_seeds, self.student_seeds):
+            if len(set(seeds)) < len(seeds):
+                raise ValueError(f"seeds {list(seeds)} are not all different: a repeated one says nothing new")
+        return self
+
+
 class Config(Section):
     """Everything that decides what a run does."""
 
@@ -490,6 +524,8 @@ class Config(Section):
     """Fine-tuning of the original student on the training set."""
     evaluate: Evaluate = Evaluate()
     telemetry: Telemetry = Telemetry()
+    compare: Compare | None = None
+    """Arms for `montessori compare`; None: one loop, `montessori run`."""
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
@@ -600,11 +636,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     tree = _read_tree(Path(path), ())
     for override in overrides or []:
-        _set_dotted(tree, override)
+        _set_override(tree, override)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_describe(error)}") from None
+        raise ConfigError(f"{path}: {describe(error)}") from None
 
 
 def score_settings(tree: dict[str, Any], overrides: list[str] | None = None) -> ScoreFiles:
@@ -614,11 +650,11 @@ def score_settings(tree: dict[str, Any], overrides: list[str] | None = None) -> 
         ConfigError: as `load_config`.
     """
     for override in overrides or []:
-        _set_dotted(tree, override if "." in override.partition("=")[0] else f"score.{override}")
+        _set_override(tree, override if "." in override.partition("=")[0] else f"score.{override}")
     try:
         return ScoreFiles.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_describe(error)) from None
+        raise ConfigError(describe(error)) from None
 
 
 def _read_tree(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
@@ -659,23 +695,32 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _set_dotted(tree: dict[str, Any], override: str) -> None:
+def _set_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r} is not of the form section.key=value")
-    *sections, leaf = key.split(".")
-    for name in sections:
-        node = tree.setdefault(name, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {name} is a value, not a section")
-        tree = node
     try:
-        tree[leaf] = yaml.safe_load(text)
+        set_dotted(tree, key, yaml.safe_load(text))
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
 
 
-def _describe(error: ValidationError) -> str:
+def set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set `section.key` of a tree of settings, sections made where there are none.
+
+    Raises:
+        ConfigError: a section on the way is a value.
+    """
+    *sections, leaf = key.split(".")
+    for name in sections:
+        node = tree.setdefault(name, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"{key}: {name} is a value, not a section")
+        tree = node
+    tree[leaf] = value
+
+
+def describe(error: ValidationError) -> str:
     """Pydantic's findings as one line: where, what was given, what is wrong."""
     findings = []
     for item in error.errors():

@@ -305,6 +305,8 @@ def run_loop(config: Config, *, kinds: Sequence[str] = (), iteration: int | None
     Raises:
         UserError: something given does not fit; said before anything expensive starts wherever it can be known.
     """
+    if config.compare is not None:
+        raise ConfigError("the config compares arms (section `compare`): run it with `montessori compare`")
     stages = stages_of(config)
     return run_stages(config, stages, select(stages, kinds, iteration) if kinds else stages)
 

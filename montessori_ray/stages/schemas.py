@@ -100,3 +100,19 @@ LOSSES = pa.schema(
         ("loss", pa.float64()),
     ]
 )
+
+COMPARISON = pa.schema(
+    [
+        ("arm", pa.string()),
+        ("measure", pa.string()),  # held_out_loss, reference_loss, fresh_influence
+        ("models", pa.int32()),  # students, or teachers, that were measured
+        ("value", pa.float64()),
+        ("value_se", pa.float64()),  # over rows or examples
+        ("difference", pa.float64()),  # from the arm that all are compared with; null in its own rows
+        ("low", pa.float64()),  # 95 % interval of the difference
+        ("high", pa.float64()),
+        ("difference_se", pa.float64()),
+        ("share_helpful", pa.float64()),  # of fresh examples
+        ("sentence", pa.string()),
+    ]
+)
