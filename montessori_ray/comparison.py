@@ -215,6 +215,7 @@ def _outputs_of(cell: Cell, lies: dict[str, str]) -> compare.CellOutputs:
     return compare.CellOutputs(
         arm=cell.arm,
         fresh_instructions=lies[f"{name}/fresh_instructions"],
+        fresh_responses=lies[f"{name}/fresh_responses"],
         fresh_set=lies[f"{name}/fresh_set"],
         training_set=lies["final/training_set"],
         student=lies["final/student"],
@@ -229,7 +230,9 @@ def _measured_together(config: Config, outputs: list[compare.CellOutputs]) -> li
 
     fresh_sets = distinct(cell.fresh_set for cell in outputs)
     students = distinct(cell.student for cell in outputs)
-    data = distinct(artifact for cell in outputs for artifact in (cell.fresh_instructions, cell.training_set))
+    data = distinct(
+        artifact for cell in outputs for artifact in (cell.fresh_instructions, cell.fresh_responses, cell.training_set)
+    )
     worker = config.score.worker.bundle
     settings = _require_arms(config)
     compared: Any = partial(compare.compare, cells=tuple(outputs), against=settings.against)
@@ -250,6 +253,6 @@ def _measured_together(config: Config, outputs: list[compare.CellOutputs]) -> li
         ),
         Stage(
             name=RESULT, output=RESULT, body=compared, schema=columns.COMPARISON,
-            inputs=("compare/losses", "compare/fresh_influence", *data), settings=("compare",),
+            inputs=("compare/losses", "compare/fresh_influence", REFERENCE, HELD_OUT, *data), settings=("compare",),
         ),
     ]  # fmt: skip

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from montessori_ray.evaluation.diversity import describe_instructions
+from montessori_ray.evaluation.diversity import describe_data
 from montessori_ray.evaluation.statistics import Interval, mean_se, paired_difference, verdict, welch_difference
 from montessori_ray.stages.base import StageContext
-from montessori_ray.stages.evaluate import losses_of_students
+from montessori_ray.stages.evaluate import SETS, losses_of_students
 
 OF = "|"
 """Between a fresh set's place and an example's id, which is unique among the examples of one teacher only."""
-
-MEASURES = ("held_out", "reference")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +23,7 @@ class CellOutputs:
 
     arm: str
     fresh_instructions: str
+    fresh_responses: str
     fresh_set: str
     training_set: str
     student: str
@@ -50,17 +49,18 @@ def measure_students(context: StageContext) -> dict[str, Any]:
 def compare(context: StageContext, *, cells: Sequence[CellOutputs], against: str) -> dict[str, Any]:
     """One row for each arm and measure; the details hold the same and what the arms' data are like.
 
-    Inputs: losses of the students, influence of the fresh examples, then the arms' instructions and training sets.
+    Inputs: losses of the students, influence of the fresh examples, reference and held-out rows, then what the arms'
+    teachers wrote afresh and the training sets.
     """
     context.output.discard_parts()
     by_arm: dict[str, list[CellOutputs]] = {}
     for cell in cells:
         by_arm.setdefault(cell.arm, []).append(cell)
-    losses = {measure: _losses(context, measure) for measure in MEASURES}
+    losses = {measure: _losses(context, measure) for measure in SETS}
     fresh = _fresh_influence(context)
     rows: list[dict[str, Any]] = []
     for arm, own in by_arm.items():
-        for measure in MEASURES:
+        for measure in SETS:
             rows.append(_loss_row(arm, measure, own, by_arm[against], losses[measure]))
         rows.append(_fresh_row(arm, own, by_arm[against], fresh))
     context.append(rows)
@@ -130,15 +130,17 @@ def _row(
 
 
 def _data(context: StageContext, cells: list[CellOutputs]) -> dict[str, Any]:
-    """What the arm's teachers write afresh (parse and duplicate rate, diversity), and how much its students saw."""
-    fresh = [row for name in dict.fromkeys(cell.fresh_instructions for cell in cells) for row in _rows(context, name)]
+    """What the arm's teachers write afresh (rejections, variety, lengths), and how much its students saw."""
+
+    def rows(names: Iterable[str]) -> list[dict[str, Any]]:
+        return [row for name in dict.fromkeys(names) for row in context.run.artifact(name).rows()]
+
+    others = {name: context.input(2 + position).column("instruction") for position, name in enumerate(SETS)}
     sets = [context.run.artifact(name).require() for name in dict.fromkeys(cell.training_set for cell in cells)]
     return {
-        "fresh": describe_instructions(fresh),
+        "fresh": describe_data(
+            rows(cell.fresh_instructions for cell in cells), rows(cell.fresh_responses for cell in cells), others
+        ),
         "training_rows": [manifest.rows for manifest in sets],
         "training_tokens": [manifest.details["tokens"] for manifest in sets],
     }
-
-
-def _rows(context: StageContext, name: str) -> Iterator[dict[str, Any]]:
-    return context.run.artifact(name).rows(["instruction", "status"])

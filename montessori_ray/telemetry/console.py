@@ -184,7 +184,32 @@ def comparison_tables(details: dict[str, Any]) -> list[Table | Text]:
                     cells += [f"{row['difference']:+{digits}}", interval]
                 table.add_row(*cells)
         parts.append(table)
-    return parts
+    return [*parts, _data_table(details["data"])]
+
+
+def _data_table(data: dict[str, Any]) -> Table:
+    """What the teachers of each arm write, and how much its students saw."""
+    table = Table(title="Data", box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("arm", no_wrap=True)
+    for name in ("parsed", "duplicates", "self-ROUGE-L", "tokens an answer", "training rows", "training tokens"):
+        table.add_column(name, justify="right")
+    for arm, told in data.items():
+        fresh = told["fresh"]
+        table.add_row(
+            arm,
+            f"{fresh['parse_rate']:.1%}",
+            f"{fresh['duplicate_rate']:.1%}",
+            f"{fresh['instructions']['self_rouge_l']:.2f}",
+            f"{fresh['responses']['tokens']:.0f}",
+            *(_span(told[name]) for name in ("training_rows", "training_tokens")),
+        )
+    return table
+
+
+def _span(counts: Sequence[int]) -> str:
+    """`96`, or `94-96` where the teachers of an arm differ."""
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,}-{high:,}"
 
 
 BINS = 15
