@@ -92,7 +92,7 @@ def plan(config: ConfigOption, overrides: Overrides = None) -> None:
     table = Table(title=f"Plan of {open_run(settings.run).root}", box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("stage", no_wrap=True)
     table.add_column("rows", justify="right")
-    table.add_column("asks for at once")
+    table.add_column("asks for at once", no_wrap=True)
     stages = comparison.all_stages(settings)
     for stage in stages:
         rows = f"{stage.rows:,}" if stage.rows is not None else ""
