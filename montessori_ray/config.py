@@ -440,11 +440,40 @@ class TuneTeacher(Training):
     """Share of few-shot prompts whose pairs are kept out of training to measure accuracy and margin; at least one."""
 
 
+class Judge(Section):
+    """A model that says which of two answers is better: behind any OpenAI-compatible endpoint, or in the pool."""
+
+    speed_only = frozenset({"api_key_env", "concurrency"})
+
+    model: str
+    """Name of the model at the endpoint, or `pool`: the original teacher, hosted in the teacher pool."""
+    base_url: str | None = None
+    """Address of the endpoint, e.g. http://host:8000/v1; None for `model: pool` only."""
+    api_key_env: str | None = None
+    """Environment variable that holds the endpoint's key; None sends none, as servers of one's own need none."""
+    max_tokens: Count = 512
+    """Longest reply, tokens: a reason in a few sentences and the verdict."""
+    concurrency: Count = 16
+    """Questions under way at once."""
+
+    @model_validator(mode="after")
+    def _is_somewhere(self) -> Self:
+        if (self.model == "pool") != (self.base_url is None):
+            raise ValueError(
+                f"model {self.model} with base_url {self.base_url}: a judge is either `pool`, without a base_url, or a "
+                "model's name at the base_url of an OpenAI-compatible endpoint"
+            )
+        return self
+
+
 class Evaluate(Section):
     """Measuring whether the run helped."""
 
     fresh: Annotated[int, Field(ge=0)] = 200
     """Fresh instructions of the original and of each tuned teacher, scored against the same warmed student. 0: none."""
+    judge: Judge | None = None
+    """Who compares the answers of the original and of the trained student to the held-out instructions; None: nobody,
+    and no student answers."""
 
 
 class Telemetry(Section):
@@ -589,6 +618,25 @@ class ScoreFiles(Section):
     telemetry: Telemetry = Telemetry()
 
 
+class Benchmarks(Section):
+    """Benchmarks of lm-evaluation-harness and how they are run: what `montessori benchmark --tasks` reads."""
+
+    tasks: Annotated[dict[str, Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    """Task or group of the harness -> examples shown before each question (shots)."""
+    backend: Literal["hf", "vllm"] = "hf"
+    """The harness's model class: transformers, or vLLM (faster on GPUs)."""
+    model_arguments: dict[str, Any] = {}
+    """Further arguments of that class, passed as they are (e.g. dtype, max_model_len, gpu_memory_utilization)."""
+    batch_size: Count | Literal["auto"] = "auto"
+    """Questions in one pass; `auto` lets the harness find the largest that fits."""
+    chat_template: bool = False
+    """Put questions into the model's chat template. The harness's published numbers, and the paper's, go without."""
+    task_folder: str | None = None
+    """Folder of task files of one's own, beside those the harness has."""
+    limit: Count | None = None
+    """Questions of each task, for a trial; None asks all."""
+
+
 def content_settings(config: Section, keys: tuple[str, ...]) -> dict[str, Any]:
     """The settings under dotted `keys` that decide a result: dotted leaf -> value, `speed_only` fields left out.
 
@@ -655,6 +703,21 @@ def score_settings(tree: dict[str, Any], overrides: list[str] | None = None) -> 
         return ScoreFiles.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(describe(error)) from None
+
+
+def load_benchmarks(path: Path, overrides: list[str] | None = None) -> Benchmarks:
+    """Benchmarks from a YAML file and overrides.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    tree = _read_tree(path, ())
+    for override in overrides or []:
+        _set_dotted(tree, override)
+    try:
+        return Benchmarks.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_describe(error)}") from None
 
 
 def _read_tree(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
