@@ -713,11 +713,11 @@ def load_benchmarks(path: Path, overrides: list[str] | None = None) -> Benchmark
     """
     tree = _read_tree(path, ())
     for override in overrides or []:
-        _set_dotted(tree, override)
+        _set_override(tree, override)
     try:
         return Benchmarks.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_describe(error)}") from None
+        raise ConfigError(f"{path}: {describe(error)}") from None
 
 
 def _read_tree(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
