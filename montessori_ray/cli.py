@@ -18,7 +18,7 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 from rich.text import Text
 
-from montessori_ray import loop
+from montessori_ray import comparison, loop
 from montessori_ray.cluster import address_of, cluster_nodes, connected, require_room, say_bundles, this_machine
 from montessori_ray.config import Config, load_config, score_settings
 from montessori_ray.errors import RunError, UserError
@@ -78,6 +78,13 @@ def run(
 
 @app.command()
 @said_plainly
+def compare(config: ConfigOption, overrides: Overrides = None) -> None:
+    """Run the arms of a comparison, share what does not differ, and say which differences are more than noise."""
+    comparison.run_comparison(load_config(config, overrides))
+
+
+@app.command()
+@said_plainly
 def plan(config: ConfigOption, overrides: Overrides = None) -> None:
     """Show the stages, their rows and what they ask the cluster for; starts nothing."""
     settings = load_config(config, overrides)
@@ -85,8 +92,8 @@ def plan(config: ConfigOption, overrides: Overrides = None) -> None:
     table = Table(title=f"Plan of {open_run(settings.run).root}", box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("stage", no_wrap=True)
     table.add_column("rows", justify="right")
-    table.add_column("asks for at once")
-    stages = loop.stages_of(settings)
+    table.add_column("asks for at once", no_wrap=True)
+    stages = comparison.all_stages(settings)
     for stage in stages:
         rows = f"{stage.rows:,}" if stage.rows is not None else ""
         table.add_row(stage.name, rows, say_bundles(loop.bundles_of(stage, settings)))
@@ -112,7 +119,7 @@ def stages(
 ) -> None:
     """List the stages and the artifacts they read and make; remove some to have them made again."""
     settings = load_config(config, overrides)
-    listed = loop.stages_of(settings)
+    listed = comparison.all_stages(settings)
     artifacts = open_run(settings.run)
     if remove is not None:
         with artifacts.lock():
@@ -136,7 +143,7 @@ def status(directory: Annotated[str, typer.Argument(metavar="RUN", help="the run
     if not artifacts.storage.exists("config.yaml"):
         raise RunError(f"{artifacts.root} is not a run directory: it has no config.yaml")
     settings = Config.model_validate(yaml.safe_load(artifacts.storage.read("config.yaml")))
-    listed = [(stage, artifacts.artifact(stage.output).manifest()) for stage in loop.stages_of(settings)]
+    listed = [(stage, artifacts.artifact(stage.output).manifest()) for stage in comparison.all_stages(settings)]
     RichConsole(soft_wrap=True).print(stage_table([(stage, manifest) for stage, manifest in listed if manifest]))
     todo = [stage.name for stage, manifest in listed if manifest is None]
     typer.echo(f"{len(listed) - len(todo)} of {len(listed)} stages done" + (f", next {todo[0]}" if todo else ""))
