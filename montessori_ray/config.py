@@ -443,7 +443,7 @@ class TuneTeacher(Training):
 class Judge(Section):
     """A model that says which of two answers is better: behind any OpenAI-compatible endpoint, or in the pool."""
 
-    speed_only = frozenset({"api_key_env", "concurrency"})
+    speed_only = frozenset({"base_url", "api_key_env", "concurrency"})
 
     model: str
     """Name of the model at the endpoint, or `pool`: the original teacher, hosted in the teacher pool."""

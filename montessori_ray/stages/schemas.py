@@ -91,6 +91,26 @@ PAIRS = pa.schema(
     ]
 )
 
+ANSWERS = pa.schema(
+    [
+        ("example_id", pa.string()),
+        ("instruction", pa.string()),
+        ("response", pa.string()),
+        ("finish_reason", pa.string()),
+        ("num_tokens", pa.int32()),
+    ]
+)
+"""What a student answers to held-out instructions."""
+
+VERDICTS = pa.schema(
+    [
+        ("example_id", pa.string()),
+        ("shown_first", pa.string()),  # candidate or baseline
+        ("verdict", pa.string()),  # candidate, baseline, tie; unparsed or refused where the judge gave none
+        ("reply", pa.string()),
+    ]
+)
+
 LOSSES = pa.schema(
     [
         ("student", pa.string()),  # original, warmed (of an iteration), trained
