@@ -24,6 +24,7 @@ from montessori_ray.config import Config, load_config, score_settings
 from montessori_ray.errors import RunError, UserError
 from montessori_ray.scoring import EXAMPLES, INFLUENCE, score_files
 from montessori_ray.session import open_run
+from montessori_ray.stages.base import bundles_of
 from montessori_ray.telemetry.console import clock, influence_tables, say_progress, stage_table
 from montessori_ray.telemetry.events import read_events
 from montessori_ray.telemetry.progress import Progress
@@ -89,10 +90,10 @@ def plan(config: ConfigOption, overrides: Overrides = None) -> None:
     stages = loop.stages_of(settings)
     for stage in stages:
         rows = f"{stage.rows:,}" if stage.rows is not None else ""
-        table.add_row(stage.name, rows, say_bundles(loop.bundles_of(stage, settings)))
+        table.add_row(stage.name, rows, say_bundles(bundles_of(stage, settings)))
     RichConsole(soft_wrap=True).print(table, f"cluster: {say_bundles(nodes)}", sep="")
     for stage in stages:
-        require_room(stage.name, loop.bundles_of(stage, settings), nodes)
+        require_room(stage.name, bundles_of(stage, settings), nodes)
 
 
 def _nodes(settings: Config) -> list[dict[str, float]]:
