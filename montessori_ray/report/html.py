@@ -15,6 +15,7 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from montessori_ray.report.colours import css_variables
+from montessori_ray.report.words import tied
 
 Cell = str | Markup
 """A cell of a table."""
@@ -62,10 +63,11 @@ def page(title: str, lead: Markup, sections: Sequence[Section]) -> str:
 
 def paragraph(*parts: Cell, kind: str = "") -> Markup:
     """A paragraph; `kind` is a class of page.css (`note`, `lead`, `result`)."""
+    parts = tuple(part if isinstance(part, Markup) else tied(part) for part in parts)
     return Markup('<p class="{}">{}</p>').format(kind, join(parts)) if kind else Markup("<p>{}</p>").format(join(parts))
 
 
-def figure(title: str, svg: Markup, caption: Cell = "", legend: Sequence[tuple[str, str]] = ()) -> Markup:
+def figure(title: str, svg: Markup, caption: str = "", legend: Sequence[tuple[str, str]] = ()) -> Markup:
     """A plot with its title above and its caption below.
 
     Args:
@@ -76,7 +78,7 @@ def figure(title: str, svg: Markup, caption: Cell = "", legend: Sequence[tuple[s
     """
     keys = join(Markup('<li><i style="background:var(--{})"></i>{}</li>').format(role, words) for role, words in legend)
     legend_list = Markup('<ul class="legend">{}</ul>').format(keys) if legend else ""
-    under = Markup("<figcaption>{}</figcaption>").format(caption) if caption else ""
+    under = Markup("<figcaption>{}</figcaption>").format(tied(caption)) if caption else ""
     return Markup("<figure><h3>{}</h3>{}{}{}</figure>").format(title, legend_list, svg, under)
 
 

@@ -10,7 +10,7 @@ from montessori_ray.report import plots
 from montessori_ray.report.collect import Report
 from montessori_ray.report.html import details, figure, figures, join, paragraph, table
 from montessori_ray.report.page_results import INFLUENCE, influence_scale
-from montessori_ray.report.scores import Example, Examples, Influence, Pairs
+from montessori_ray.report.scores import FRESH, Example, Examples, Influence, Pairs
 from montessori_ray.report.words import NONE, Scale, count, number, percent
 
 UNPAIRED = {
@@ -45,7 +45,7 @@ def influence(report: Report) -> Markup | None:
     return join(
         [
             paragraph(note, kind="note"),
-            figures(*map(_histogram, report.influences)),
+            figures(*(_histogram(entry, scale) for entry in report.influences if entry.place != FRESH)),
             table(heads, rows, numbers=(2, 3, 4, 5, 6)),
             _left_out(report.influences),
             *_agreements(report.influences),
@@ -53,17 +53,18 @@ def influence(report: Report) -> Markup | None:
     )
 
 
-def _histogram(entry: Influence) -> Markup:
+def _histogram(entry: Influence, scale: Scale) -> Markup:
     noise, error = entry.noise or 0.0, entry.mean_se or 0.0
     seen = VISIBLE * (entry.edges[1] - entry.edges[0])
     keys = [("helpful", "helps"), ("harmful", "harms")]
     if error > seen:
-        keys.append(("noise", f"± one standard error ({number(error, digits=2)})"))
+        keys.append(("noise", f"± one standard error ({scale.in_unit(scale.number(error, digits=2))})"))
     caption = f"{count(entry.mean.count, 'example')}, {percent(entry.share_helpful)} of them help."
+    said_noise = scale.in_unit(scale.number(noise, digits=2))
     if noise > seen:
-        caption += f" Bars are pale within the noise of a score, ± {number(noise, digits=2)}."
+        caption += f" Bars are pale within the noise of a score, ± {said_noise}."
     elif noise:
-        caption += f" The noise of a score, {number(noise, digits=2)}, is too little to be seen here."
+        caption += f" The noise of a score, {said_noise}, is too little to be seen here."
     title = f"Influence, {_of(entry.place)}"
     plot = plots.histogram(
         f"influence-{_id(entry)}", title, entry.edges, entry.counts, xlabel=INFLUENCE, ylabel="examples", noise=noise,
@@ -111,7 +112,7 @@ def _left_out(influences: list[Influence]) -> Markup:
 
 
 def _of(where: str) -> str:
-    return {"fresh": "fresh instructions of all teachers", "": "all examples"}.get(where, where)
+    return {FRESH: "fresh instructions of all teachers", "": "all examples"}.get(where, where)
 
 
 def _id(entry: Influence) -> str:

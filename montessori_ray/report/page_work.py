@@ -145,8 +145,8 @@ def _stages(spent: Costs) -> Markup:
     short = [stage for stage in spent.stages if stage not in long]
     on_gpus = spent.gpu_hours > 0
     rows = [
-        (stage.name, "model" if stage.rows is None else f"{stage.rows:,}",
-         bar_cell(stage.seconds / longest, clock(stage.seconds)),
+        (stage.name, bar_cell(stage.seconds / longest, clock(stage.seconds)),
+         "model" if stage.rows is None else f"{stage.rows:,}",
          NONE if stage.rows_a_second is None else number(stage.rows_a_second),
          NONE if stage.peak_memory_gb is None else f"{stage.peak_memory_gb:.1f}",
          f"{stage.gpu_hours if on_gpus else stage.cpu_hours:.3f}")
@@ -156,8 +156,8 @@ def _stages(spent: Costs) -> Markup:
         seconds = sum(stage.seconds for stage in short)
         hours = sum(stage.gpu_hours if on_gpus else stage.cpu_hours for stage in short)
         name = count(len(short), "shorter stage")
-        rows.append((name, "", bar_cell(seconds / longest, clock(seconds)), "", "", f"{hours:.3f}"))
-    heads = ("stage", "rows", "time", "rows/s", "peak GB", "GPU-hours" if on_gpus else "CPU-hours")
+        rows.append((name, bar_cell(0, clock(seconds)), "", "", "", f"{hours:.3f}"))
+    heads = ("stage", "time", "rows", "rows/s", "peak GB", "GPU-hours" if on_gpus else "CPU-hours")
     return table(heads, rows, numbers=(1, 2, 3, 4, 5))
 
 

@@ -116,7 +116,7 @@ def dots(name: str, title: str, rows: Sequence[Values], *, xlabel: str, zero: bo
         for position, (row, values) in enumerate(zip(rows, shown, strict=True)):
             heights = -position - 0.16 + 0.2 * _spread(len(values))
             colour = STAND_INS[row.role]
-            drawn.scatter(values, heights, s=20, color=colour, alpha=0.4, lw=0, gid=f"dot-{position}")
+            drawn.scatter(values, heights, s=20, color=colour, alpha=0.55, lw=0, gid=f"dot-{position}")
             drawn.plot(
                 [row.low, row.high], [-position - 0.06] * 2, color=STAND_INS["ink"], lw=2, gid=f"interval-{position}"
             )

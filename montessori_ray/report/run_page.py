@@ -9,7 +9,7 @@ from markupsafe import Markup
 from montessori_ray.report import page_results, page_scores, page_work
 from montessori_ray.report.collect import Report
 from montessori_ray.report.html import Section, Tile, join, page, paragraph, tiles
-from montessori_ray.report.words import count, listed, number, percent, plus_minus
+from montessori_ray.report.words import count, listed, number, percent
 from montessori_ray.telemetry.console import clock
 
 SECTIONS: tuple[tuple[str, Callable[[Report], Markup | None]], ...] = (
@@ -70,12 +70,16 @@ def _key_figures(report: Report) -> list[Tile]:
         note = f"of {first.mean.count:,} scored{f', {first.place}' if first.place else ''}"
         found.append(Tile("Examples that help", percent(first.share_helpful), note))
         if not report.fresh:
-            found.append(Tile("Mean influence", plus_minus(first.mean.mean, first.mean.se), "negative helps"))
+            scale = page_results.influence_scale(report)
+            note = f"± {scale.number(first.mean.se, digits=2)}, negative helps"
+            found.append(Tile("Mean influence", scale.in_unit(scale.number(first.mean.mean)), note))
     if report.pairs:
         prompts = sum(entry.prompts for entry in report.pairs)
         found.append(
             Tile(
-                "Preference pairs", f"{sum(entry.pairs for entry in report.pairs):,}", f"of {count(prompts, 'prompt')}"
+                "Preference pairs",
+                f"{sum(entry.pairs for entry in report.pairs):,}",
+                f"from {count(prompts, 'prompt')}",
             )
         )
     spent = report.cost

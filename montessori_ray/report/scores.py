@@ -24,6 +24,9 @@ MAX_RECHECKED = 500
 MAX_CHARACTERS = 1000
 """Of a text in a table; a longer one is cut."""
 
+FRESH = "fresh"
+"""Place of the influence of fresh instructions, which all teachers wrote."""
+
 _TAIL = 0.002
 """Share of the scores at either end that an axis may leave to its outermost bins."""
 
@@ -138,7 +141,7 @@ def _influence(stage: Stage, details: dict[str, Any], artifact: Artifact) -> Inf
     recheck = details.get("recheck")
     return Influence(
         name=stage.name,
-        place="fresh" if stage.kind == "score_fresh" else place(stage.name),
+        place=FRESH if stage.kind == "score_fresh" else place(stage.name),
         estimator=estimator,
         mean=mean_of(values),
         share_helpful=sum(value < 0 for value in values) / len(values),

@@ -40,6 +40,10 @@ class Scale:
         """Words for an axis or a column, with the unit."""
         return f"{words}, {self.unit}" if self.unit else words
 
+    def in_unit(self, shown: str) -> str:
+        """A shown number with the unit."""
+        return f"{shown} {_TIMES} {self.unit}" if self.unit else shown
+
     def number(self, value: float | None, *, sign: bool = False, digits: int = 3) -> str:
         """`digits` significant ones, all of those before the point. A dash where there is none."""
         if value is None or not isfinite(value):
@@ -62,20 +66,21 @@ class Scale:
 def number(value: float | None, *, sign: bool = False, digits: int = 3) -> str:
     """`4.08`, `-1.25 x 10⁻³`: a number on its own."""
     scale = Scale.of(value or 0.0)
-    shown = scale.number(value, sign=sign, digits=digits)
-    return f"{shown} {_TIMES} {scale.unit}" if scale.unit else shown
+    return scale.in_unit(scale.number(value, sign=sign, digits=digits))
 
 
 def plus_minus(mean: float, se: float, *, sign: bool = False) -> str:
     """`-2.58 ± 0.14`, `(-1.88 ± 0.21) x 10⁻³`: a mean and its standard error on their own."""
     scale = Scale.of(mean, se)
-    return _in_unit(scale, scale.plus_minus(mean, se, sign=sign))
+    shown = scale.plus_minus(mean, se, sign=sign)
+    return scale.in_unit(f"({shown})" if scale.unit else shown)
 
 
 def span(low: float, high: float) -> str:
     """`-2.85 to -2.31`: an interval on its own."""
     scale = Scale.of(low, high)
-    return _in_unit(scale, scale.span(low, high))
+    shown = scale.span(low, high)
+    return scale.in_unit(f"({shown})" if scale.unit else shown)
 
 
 def tick(value: float) -> str:
@@ -93,13 +98,16 @@ def count(amount: int, noun: str, plural: str | None = None) -> str:
     return f"{amount:,} {noun if amount == 1 else plural or noun + 's'}"
 
 
+def tied(text: str) -> str:
+    """A text whose numbers are not parted from their errors and units at the end of a line."""
+    for sign in ("±", _TIMES):
+        text = text.replace(f" {sign} ", f"\u00a0{sign}\u00a0")
+    return text.replace(" %", "\u00a0%")
+
+
 def listed(parts: list[str]) -> str:
     """`a, b and c`."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}" if parts else ""
-
-
-def _in_unit(scale: Scale, shown: str) -> str:
-    return f"({shown}) {_TIMES} {scale.unit}" if scale.unit else shown
 
 
 def _places(value: float, digits: int) -> int:
