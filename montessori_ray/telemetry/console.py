@@ -69,8 +69,8 @@ class Console:
         """A stage's output was there already."""
         self.rich.print(Text.assemble(("= ", "cyan"), (f"{stage:<{NAME_WIDTH}} {_said(manifest)}, kept", "dim")))
 
-    def summary(self, run: Run, stages: Sequence[Stage]) -> None:
-        """The stages with rows, time and memory; then the result, if the run has one."""
+    def summary(self, run: Run, stages: Sequence[Stage], report: str | None = None) -> None:
+        """The stages with rows, time and memory; then the result, if the run has one, and where its report is."""
         manifests = [(stage, run.artifact(stage.output).manifest()) for stage in stages]
         self.rich.print()
         self.rich.print(stage_table([(stage, manifest) for stage, manifest in manifests if manifest]))
@@ -83,6 +83,8 @@ class Console:
             for part in comparison_tables(comparison.details):
                 self.rich.print(part)
         self.rich.print(Text(f"run: {run.root}"))
+        if report is not None:
+            self.rich.print(Text(f"report: {report}"))
 
 
 def say_progress(progress: Progress, rate: float | None, seconds: float) -> str:
