@@ -203,15 +203,15 @@ def _data_table(data: dict[str, Any]) -> Table:
             f"{fresh['duplicate_rate']:.1%}",
             f"{fresh['instructions']['self_rouge_l']:.2f}",
             f"{fresh['responses']['tokens']:.0f}",
-            *(_span(told[name]) for name in ("training_rows", "training_tokens")),
+            *(say_counts(told[name]) for name in ("training_rows", "training_tokens")),
         )
     return table
 
 
-def _span(counts: Sequence[int]) -> str:
-    """`96`, or `94-96` where the teachers of an arm differ."""
+def say_counts(counts: Sequence[int]) -> str:
+    """`96`, or `94 to 96` where they differ."""
     low, high = min(counts), max(counts)
-    return f"{low:,}" if low == high else f"{low:,}-{high:,}"
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 BINS = 15
