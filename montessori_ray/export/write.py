@@ -98,7 +98,6 @@ def upload(exported: Exported, repository: str) -> list[str]:
         RunError: the Hub did not take it; the export stays where it is.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi()
     parts = [(repository, "dataset", exported.folder)]
@@ -111,7 +110,7 @@ def upload(exported: Exported, repository: str) -> list[str]:
                 repo_id=name, repo_type=kind, folder_path=folder, commit_message="Export of a montessori_ray run",
                 ignore_patterns=[f"{MODELS}/**"] if kind == "dataset" else None,
             )  # fmt: skip
-        except (HfHubHTTPError, OSError, ValueError) as error:
+        except Exception as error:  # the client also lets errors of its HTTP library through
             raise RunError(
                 f"could not upload {folder} to {name}: {error}; the export is complete: log in with `hf auth login`, "
                 f"then `hf upload {name} {folder} --repo-type {kind}`"

@@ -112,7 +112,7 @@ def _what(source: Source) -> str:
     }
     amounts = listed([f"{amount:,} {what}" for what, amount in totals.items() if amount])
     return (
-        f"The teacher {_model(config.teacher.model)} wrote for the student {student}: "
+        f"The teacher {_model(config.teacher.model)} writes for the student {student}: "
         f"{count(config.iterations, 'iteration')}{f', {amounts}' if amounts else ''}."
     )
 

@@ -82,8 +82,18 @@ def figure(title: str, svg: Markup, caption: str = "", legend: Sequence[tuple[st
     return Markup("<figure><h3>{}</h3>{}{}{}</figure>").format(title, legend_list, svg, under)
 
 
+def stack(*blocks: Markup) -> Markup:
+    """Blocks one below the other, as one cell of `figures`."""
+    return Markup("<div>{}</div>").format(join(blocks))
+
+
+def subtitle(text: str) -> Markup:
+    """A heading within a section."""
+    return Markup('<h3 class="sub">{}</h3>').format(text)
+
+
 def figures(*drawn: Markup) -> Markup:
-    """Figures side by side, as many as fit the width."""
+    """Figures, and tables that go with them, side by side: as many as fit the width."""
     return Markup('<div class="figures">{}</div>').format(join(drawn))
 
 

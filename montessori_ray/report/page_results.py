@@ -6,8 +6,8 @@ from markupsafe import Markup
 
 from montessori_ray.report import plots
 from montessori_ray.report.collect import Report
-from montessori_ray.report.html import figure, figures, join, paragraph, table
-from montessori_ray.report.results import Mean
+from montessori_ray.report.html import figure, figures, join, paragraph, stack, table
+from montessori_ray.report.results import SMALLEST_INFLUENCE, Mean
 from montessori_ray.report.words import NONE, Scale, percent
 
 LOSS = "change of the loss, nats a token"
@@ -20,24 +20,25 @@ def student(report: Report) -> Markup | None:
     if not report.losses:
         return None
     rows = [
-        (loss.student, _set(loss.set), f"{loss.loss.count}", PLAIN.plus_minus(loss.loss.mean, loss.loss.se),
+        (f"{loss.student}, {_set(loss.set)} ({loss.loss.count})", PLAIN.plus_minus(loss.loss.mean, loss.loss.se),
          change_cell(loss.change, PLAIN), interval_cell(loss.change, PLAIN))
         for loss in report.losses
     ]  # fmt: skip
     changed = [_row(f"{loss.student}, {_set(loss.set)}", loss.change) for loss in report.losses if loss.change]
-    drawn = []
+    heads = ("student, rows", "loss", "change", "95 % interval")
+    cells = [table(heads, rows, numbers=(1, 2, 3))]
     if changed:
         plot = plots.forest("losses", "Change of the student's loss", changed, xlabel=LOSS)
         caption = "Paired by row; lines are 95 % intervals. A hollow grey mark is a change within noise."
-        drawn.append(figure("Change of the loss against the original student", plot, caption))
+        cells.insert(0, figure("Change of the loss against the original student", plot, caption))
+    drawn = [stack(*cells)]
     if report.categories:
         drawn.append(_categories(report))
     note = (
         "Mean cross entropy over the response tokens of a row, then over rows; ± is one standard error over rows. No "
         "stage has seen the held-out rows; the reference rows define influence."
     )
-    heads = ("student", "rows of", "rows", "loss", "change", "95 % interval")
-    return join([paragraph(note, kind="note"), figures(*drawn), table(heads, rows, numbers=(2, 3, 4, 5))])
+    return join([paragraph(note, kind="note"), figures(*drawn)])
 
 
 def _categories(report: Report) -> Markup:
@@ -64,7 +65,7 @@ def teacher(report: Report) -> Markup | None:
         for entry in report.fresh
     ]  # fmt: skip
     cells = [
-        (entry.teacher, f"{entry.influence.count}", scale.plus_minus(entry.influence.mean, entry.influence.se),
+        (f"{entry.teacher} ({entry.influence.count})", scale.plus_minus(entry.influence.mean, entry.influence.se),
          percent(entry.share_helpful), change_cell(entry.change, scale), interval_cell(entry.change, scale))
         for entry in report.fresh
     ]  # fmt: skip
@@ -72,21 +73,17 @@ def teacher(report: Report) -> Markup | None:
         "Every teacher wrote to the same prompts, and all of it was scored against the same warmed student: only the "
         "teachers differ. Left of zero helps."
     )
-    plot = plots.dots("fresh", "Influence of fresh instructions by teacher", rows, xlabel=INFLUENCE)
+    plot = plots.dots("fresh", "Influence of fresh instructions by teacher", rows, xlabel=INFLUENCE, scale=scale)
     caption = "A dot is an example; the diamond is the mean with its 95 % interval."
-    heads = ("teacher", "scored", scale.label("mean influence"), "help", scale.label("change"), "95 % interval")
-    return join(
-        [
-            paragraph(note, kind="note"),
-            figures(figure("Influence of fresh instructions", plot, caption)),
-            table(heads, cells, numbers=(1, 2, 3, 4, 5)),
-        ]
-    )
+    heads = ("teacher", scale.label("mean"), "help", scale.label("change"), "95 % interval")
+    drawn = figures(figure("Influence of fresh instructions", plot, caption), table(heads, cells, numbers=(1, 2, 3, 4)))
+    return join([paragraph(note, kind="note"), drawn])
 
 
 def influence_scale(report: Report) -> Scale:
     """The power of ten that every influence of a report is given in."""
-    return Scale.of(*(end for entry in report.influences for end in (entry.edges[0], entry.edges[-1])))
+    ends = (end for entry in report.influences for end in (entry.edges[0], entry.edges[-1]))
+    return Scale.of(*ends, smallest=SMALLEST_INFLUENCE)
 
 
 def change_cell(change: Mean | None, scale: Scale) -> Markup | str:

@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from montessori_ray.report import plots
 from montessori_ray.report.collect import Report
-from montessori_ray.report.html import details, figure, figures, join, paragraph, table
+from montessori_ray.report.html import details, figure, figures, join, paragraph, subtitle, table
 from montessori_ray.report.page_results import INFLUENCE, influence_scale
 from montessori_ray.report.scores import FRESH, Example, Examples, Influence, Pairs
 from montessori_ray.report.words import NONE, Scale, count, number, percent
@@ -48,7 +48,7 @@ def influence(report: Report) -> Markup | None:
             figures(*(_histogram(entry, scale) for entry in report.influences if entry.place != FRESH)),
             table(heads, rows, numbers=(2, 3, 4, 5, 6)),
             _left_out(report.influences),
-            *_agreements(report.influences),
+            *_agreements(report.influences, scale),
         ]
     )
 
@@ -67,13 +67,13 @@ def _histogram(entry: Influence, scale: Scale) -> Markup:
         caption += f" The noise of a score, {said_noise}, is too little to be seen here."
     title = f"Influence, {_of(entry.place)}"
     plot = plots.histogram(
-        f"influence-{_id(entry)}", title, entry.edges, entry.counts, xlabel=INFLUENCE, ylabel="examples", noise=noise,
-        error=error,
+        f"influence-{_id(entry)}", title, entry.edges, entry.counts, xlabel=INFLUENCE, ylabel="examples", scale=scale,
+        noise=noise, error=error,
     )  # fmt: skip
     return figure(title, plot, caption, keys)
 
 
-def _agreements(influences: list[Influence]) -> Iterable[Markup]:
+def _agreements(influences: list[Influence], scale: Scale) -> Iterable[Markup]:
     measured = [entry for entry in influences if len(entry.rechecked) > 1 and entry.recheck]
     if not measured:
         return
@@ -84,16 +84,16 @@ def _agreements(influences: list[Influence]) -> Iterable[Markup]:
         changed = f"{again['pairs_changed']} of {again['pairs']}"
         rows.append((entry.name, f"{again['points']}", *correlations, percent(again["same_sign"]), changed))
     heads = ("stage", "scored twice", "rank correlation", "correlation", "same sign", "pairs that would be others")
-    yield Markup("<h3>Agreement with exact scores in float32</h3>")
-    yield figures(*map(_agreement, measured))
+    yield subtitle("Agreement with exact scores in float32")
+    yield figures(*(_agreement(entry, scale) for entry in measured))
     yield table(heads, rows, numbers=(1, 2, 3, 4, 5))
 
 
-def _agreement(entry: Influence) -> Markup:
+def _agreement(entry: Influence, scale: Scale) -> Markup:
     title = f"Scored by {entry.estimator}, and again, {_of(entry.place)}"
     plot = plots.scatter(
         f"agreement-{_id(entry)}", title, entry.rechecked, xlabel="influence", ylabel="scored again",
-        noise=entry.noise or 0.0,
+        scale=scale, noise=entry.noise or 0.0,
     )  # fmt: skip
     caption = "On the line both scores are equal; the band is the noise."
     if entry.estimator == "exact" and not entry.noise:
@@ -168,7 +168,7 @@ def _examples_of(entry: Examples, scale: Scale) -> Iterable[Markup]:
     heads = (scale.label("influence"), "instruction", "response")
     for words, shown in (("Most helpful", entry.helpful), ("Most harmful", entry.harmful)):
         if shown:
-            yield Markup("<h3>{}{}</h3>").format(words, where)
+            yield subtitle(f"{words}{where}")
             rows = [(_score(row, scale), row.instruction, row.response) for row in shown]
             yield table(heads, rows, numbers=(0,), caption=f"{words}{where}", search=True)
     if entry.pairs:
@@ -177,7 +177,7 @@ def _examples_of(entry: Examples, scale: Scale) -> Iterable[Markup]:
              pair.chosen, pair.rejected)
             for pair in entry.pairs
         ]  # fmt: skip
-        yield Markup("<h3>Widest preference pairs{}</h3>").format(where)
+        yield subtitle(f"Widest preference pairs{where}")
         heads = (scale.label("influence"), "chosen", "rejected")
         yield table(heads, rows, numbers=(0,), caption=f"Preference pairs{where}", search=True)
 

@@ -14,8 +14,17 @@ from montessori_ray.report.costs import Costs
 from montessori_ray.report.html import bar_cell, details, figure, figures, join, paragraph, preformatted, table
 from montessori_ray.report.learning import Training, reasons
 from montessori_ray.report.scores import Influence
-from montessori_ray.report.words import NONE, count, number, percent
+from montessori_ray.report.words import NONE, count, duration, number, percent
 from montessori_ray.telemetry.console import clock
+
+METRICS = {
+    "loss": "DPO loss",
+    "reward_margin": "reward margin",
+    "reward_accuracy": "reward accuracy",
+    "logp_chosen": "log-probability, chosen",
+    "logp_rejected": "log-probability, rejected",
+}
+"""What is measured on pairs, for people."""
 
 SHORT = 0.01
 """Share of the time below which a stage is not listed by itself."""
@@ -34,14 +43,20 @@ def tuning(report: Report) -> Markup | None:
         if (plot := _curves(f"dpo-{metric}", title, report.tunings, metric, unit))
     ]
     rows = [
-        (entry.place, metric.replace("_", " "), number(before.get(metric)), number(after[metric]))
+        (_evaluated_on(entry), METRICS.get(metric, metric), number(before.get(metric)), number(after[metric]))
         for entry in report.tunings
         if (before := entry.details.get("eval_before")) and (after := entry.details.get("eval_after"))
         for metric in after
     ]
-    heads = ("iteration", "on pairs kept out of training", "before", "after")
-    evaluated = table(heads, rows, numbers=(2, 3)) if rows else ""
-    return join([figures(*drawn), evaluated]) if drawn or rows else None
+    heads = ("pairs kept out of training", "", "before", "after")
+    if rows:
+        drawn.append(table(heads, rows, numbers=(2, 3)))
+    return figures(*drawn) if drawn else None
+
+
+def _evaluated_on(entry: Training) -> str:
+    amount = entry.details.get("pairs", {}).get("evaluation")
+    return entry.place if amount is None else f"{entry.place} ({count(amount, 'pair')})"
 
 
 def training(report: Report) -> Markup | None:
@@ -55,12 +70,9 @@ def training(report: Report) -> Markup | None:
     if plot is None and not rows:
         return None
     heads = ("stage", "steps", "response tokens", "first loss", "last loss", "tokens/s")
-    drawn = (
-        figures(figure("Training loss", plot, "Of each batch, before its step.", _keys(report.trainings)))
-        if plot
-        else ""
-    )
-    return join([drawn, table(heads, rows, numbers=(1, 2, 3, 4, 5)) if rows else ""])
+    caption = "Of each batch, before its step."
+    drawn = [figure("Training loss", plot, caption, _keys(report.trainings))] if plot else []
+    return figures(*drawn, table(heads, rows, numbers=(1, 2, 3, 4, 5)) if rows else Markup(""))
 
 
 def _curves(name: str, title: str, trainings: Sequence[Training], metric: str, unit: str) -> Markup | None:
@@ -73,7 +85,8 @@ def _curves(name: str, title: str, trainings: Sequence[Training], metric: str, u
 
 
 def _keys(trainings: Sequence[Training]) -> list[tuple[str, str]]:
-    return [(series(position), entry.name) for position, entry in enumerate(trainings)]
+    keys = [(series(position), entry.name) for position, entry in enumerate(trainings)]
+    return keys if len(keys) > 1 else []
 
 
 # -- what was written -----------------------------------------------------------------------------------------------
@@ -118,13 +131,13 @@ def cost(report: Report) -> Markup | None:
         return None
     total = sum(spent.by_work.values()) or 1.0
     work = [
-        plots.Bar(label=name, value=seconds, note=f"{clock(seconds)}, {percent(seconds / total)}", role="series-0")
+        plots.Bar(label=name, value=seconds, note=f"{duration(seconds)}, {percent(seconds / total)}", role="series-0")
         for name, seconds in spent.by_work.items()
         if seconds / total >= SHORT / 2
     ]
-    sentence = f"{clock(spent.stage_seconds)} in stages"
+    sentence = f"{duration(spent.stage_seconds)} in stages"
     if spent.session_seconds is not None:
-        sentence += f", {clock(spent.session_seconds)} in all over {count(spent.sessions, 'session')}"
+        sentence += f", {duration(spent.session_seconds)} in all over {count(spent.sessions, 'session')}"
     gpu_hours = f"{spent.gpu_hours:.2f} GPU-hours and " if spent.gpu_hours else ""
     sentence += f"; stages held {gpu_hours}{spent.cpu_hours:.2f} CPU-hours (what they ask for, times their time)."
     plot = plots.bars("time", "Time by kind of work", work, xlabel="time")
@@ -157,7 +170,8 @@ def _stages(spent: Costs) -> Markup:
         hours = sum(stage.gpu_hours if on_gpus else stage.cpu_hours for stage in short)
         name = count(len(short), "shorter stage")
         rows.append((name, bar_cell(0, clock(seconds)), "", "", "", f"{hours:.3f}"))
-    heads = ("stage", "time", "rows", "rows/s", "peak GB", "GPU-hours" if on_gpus else "CPU-hours")
+    unit = "h:mm:ss" if longest >= 3600 else "m:ss"
+    heads = ("stage", f"time, {unit}", "rows", "rows/s", "peak GB", "GPU-hours" if on_gpus else "CPU-hours")
     return table(heads, rows, numbers=(1, 2, 3, 4, 5))
 
 

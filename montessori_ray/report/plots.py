@@ -13,20 +13,20 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import Formatter, MaxNLocator
 from numpy.typing import NDArray
 
 from montessori_ray.report.colours import STAND_INS
 from montessori_ray.report.svg import axes, inline_svg
-from montessori_ray.report.words import Scale, number, tick
+from montessori_ray.report.words import Scale, number, ticks
+
+NO_SCALE = Scale()
 
 ROW_HEIGHT = 40
 """Units of one row: its words, and its marks below them."""
 
 MAX_DOTS = 200
 """Dots in a row; of more values, as many quantiles are shown."""
-
-NO_SCALE = Scale()
 
 MAX_POINTS = 250
 """Points of a curve; a longer one is shown as means of neighbours."""
@@ -41,7 +41,7 @@ class Interval:
     low: float
     high: float
     note: str = ""
-    """Said at the right of the row; the numbers themselves where nothing is given."""
+    """Said at the right of the row; where nothing is given the numbers, in the unit of the axis."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,16 +102,17 @@ def forest(
             )  # fmt: skip
         if zero:
             _zero_line(drawn, len(rows))
-        said = [row.note or f"{number(row.mean)} ({number(row.low)} to {number(row.high)})" for row in rows]
+        said = [row.note or f"{scale.number(row.mean)} ({scale.span(row.low, row.high)})" for row in rows]
         _finish_rows(drawn, [row.label for row in rows], said, scale, xlabel)
         described = "; ".join(f"{row.label}: {note}" for row, note in zip(rows, said, strict=True))
         return inline_svg(drawn, name, title, described, {"dot": [f"{row.label}: {row.mean:.4g}" for row in rows]})
 
 
-def dots(name: str, title: str, rows: Sequence[Values], *, xlabel: str, zero: bool = True) -> Markup:
-    """Single values as dots, and over them their mean with its interval; see `MAX_DOTS`."""
+def dots(
+    name: str, title: str, rows: Sequence[Values], *, xlabel: str, scale: Scale = NO_SCALE, zero: bool = True
+) -> Markup:
+    """Single values as dots, and over them their mean with its interval, in units of `scale`; see `MAX_DOTS`."""
     shown = [quantiles(row.values, MAX_DOTS) for row in rows]
-    scale = Scale.of(*(value for values in shown for value in values))
     with axes(_rows_height(len(rows))) as drawn:
         for position, (row, values) in enumerate(zip(rows, shown, strict=True)):
             heights = -position - 0.16 + 0.2 * _spread(len(values))
@@ -144,7 +145,7 @@ def bars(name: str, title: str, rows: Sequence[Bar], *, xlabel: str) -> Markup:
 
 def histogram(
     name: str, title: str, edges: Sequence[float], counts: Sequence[int], *, xlabel: str, ylabel: str,
-    noise: float = 0.0, error: float = 0.0,
+    scale: Scale = NO_SCALE, noise: float = 0.0, error: float = 0.0,
 ) -> Markup:  # fmt: skip
     """Counts in bins of which each has one sign: helpful below zero, harmful above.
 
@@ -155,11 +156,11 @@ def histogram(
         counts: values in each bin.
         xlabel: quantity and unit.
         ylabel: what is counted.
+        scale: the unit of the axis.
         noise: half the width of the band round zero in which a value is below the noise of its measurement: bars are
             pale there.
         error: half the width of a band behind the bars: one standard error of a value.
     """
-    scale = Scale.of(*edges)
     with axes(235) as drawn:
         if error:
             drawn.axvspan(-error, error, color=STAND_INS["noise"], lw=0, gid="band-error")
@@ -173,7 +174,7 @@ def histogram(
             drawn.axvspan(-noise, noise, color=STAND_INS["surface"], alpha=0.55, lw=0, zorder=2, gid="band-noise")
         drawn.axvline(0, color=STAND_INS["muted"], lw=1)
         _finish_axes(drawn, scale.label(xlabel), ylabel, xscale=scale)
-        drawn.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        drawn.yaxis.set_major_locator(_locator(5, integer=True))
         tips = [
             f"{number(start)} to {number(end)}: {count}"
             for start, end, count in zip(edges[:-1], edges[1:], counts, strict=True)
@@ -207,16 +208,22 @@ def curves(name: str, title: str, lines: Sequence[Curve], *, xlabel: str, ylabel
             ]
             described.append(f"{line.label}: {number(values[0])} at step {steps[0]:g}, {number(values[-1])} at the end")
         _finish_axes(drawn, xlabel, ylabel)
-        drawn.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        drawn.xaxis.set_major_locator(_locator(6, integer=True))
         return inline_svg(drawn, name, title, "; ".join(described), tips)
 
 
 def scatter(
-    name: str, title: str, points: Sequence[tuple[str, float, float]], *, xlabel: str, ylabel: str, noise: float = 0.0
+    name: str,
+    title: str,
+    points: Sequence[tuple[str, float, float]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    scale: Scale = NO_SCALE,
+    noise: float = 0.0,
 ) -> Markup:
     """Two measurements of the same things against each other, the line where they agree, and their noise around it."""
     values = np.array([[first, second] for _, first, second in points])
-    scale = Scale.of(*values.ravel().tolist())
     low, high = float(values.min()), float(values.max())
     pad = 0.08 * ((high - low) or 1.0)
     ends = np.array([low - pad, high + pad])
@@ -294,8 +301,8 @@ def _finish_rows(drawn: Axes, labels: Sequence[str], notes: Sequence[str], scale
     drawn.set_yticks([])
     drawn.spines["left"].set_visible(False)
     drawn.set_xlabel(scale.label(xlabel))
-    drawn.xaxis.set_major_formatter(_ticks(scale))
-    drawn.xaxis.set_major_locator(MaxNLocator(6))
+    drawn.xaxis.set_major_formatter(_Ticks(scale))
+    drawn.xaxis.set_major_locator(_locator(6))
 
 
 def _finish_axes(drawn: Axes, xlabel: str, ylabel: str, xscale: Scale = NO_SCALE, yscale: Scale = NO_SCALE) -> None:
@@ -305,11 +312,24 @@ def _finish_axes(drawn: Axes, xlabel: str, ylabel: str, xscale: Scale = NO_SCALE
     drawn.grid(axis="y")
     drawn.tick_params(axis="y", length=0)
     drawn.spines["left"].set_visible(False)
-    drawn.xaxis.set_major_locator(MaxNLocator(6))
-    drawn.yaxis.set_major_locator(MaxNLocator(5))
+    drawn.xaxis.set_major_locator(_locator(6))
+    drawn.yaxis.set_major_locator(_locator(5))
     for axis, scale in ((drawn.xaxis, xscale), (drawn.yaxis, yscale)):
-        axis.set_major_formatter(_ticks(scale))
+        axis.set_major_formatter(_Ticks(scale))
 
 
-def _ticks(scale: Scale) -> FuncFormatter:
-    return FuncFormatter(lambda value, _: tick(value / scale.factor))
+def _locator(most: int, integer: bool = False) -> MaxNLocator:
+    return MaxNLocator(most, integer=integer, steps=[1, 2, 2.5, 5, 10])
+
+
+class _Ticks(Formatter):
+    """Tick labels in the units of a scale."""
+
+    def __init__(self, scale: Scale) -> None:
+        self._scale = scale
+
+    def __call__(self, value: float, position: int | None = None) -> str:
+        return ticks([value / self._scale.factor])[0]
+
+    def format_ticks(self, values: Sequence[float]) -> list[str]:
+        return ticks([value / self._scale.factor for value in values])

@@ -13,6 +13,8 @@ from montessori_ray.report.source import Source
 from montessori_ray.report.words import Scale, count, number, percent, plus_minus, span
 
 CONFIDENCE = 0.95
+SMALLEST_INFLUENCE = 0.1
+"""Influences below this are given in powers of ten: they are small changes of a loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,11 +200,11 @@ def _said_of_fresh(found: Sequence[Fresh]) -> list[Sentence]:
     headline = f"What the tuned teacher writes helps {'more' if change.mean < 0 else 'less'}: {_signed(change)}."
     if not change.settled:
         headline = f"What the tuned teacher writes shows no difference beyond noise: {_signed(change)}."
-    scale = Scale.of(first.mean, last.mean)
-    unit = f", in {scale.unit}" if scale.unit else ""
+    scale = Scale.of(first.mean, last.mean, smallest=SMALLEST_INFLUENCE)
     detail = (
-        f"Mean influence of fresh instructions (negative helps{unit}): {scale.plus_minus(first.mean, first.se)} by the "
-        f"original teacher, {scale.plus_minus(last.mean, last.se)} by the tuned one; {_interval(change)} of the change."
+        f"Mean influence of fresh instructions: {scale.plus_minus(first.mean, first.se)} by the original teacher, "
+        f"{scale.plus_minus(last.mean, last.se)} by the tuned one; 95 % interval of the change "
+        f"{scale.span(change.low, change.high)}. {_unit(scale)}egative helps."
     )
     return [Sentence(headline=headline, detail=detail)]
 
@@ -215,10 +217,17 @@ def _said_of_scores(source: Source) -> list[Sentence]:
     details: dict[str, Any] = scored[0]
     mean = details["influence"]
     headline = f"{percent(details['share_helpful'])} of {count(details['scored'], 'example')} help the student."
+    scale = Scale.of(details["spread"] or mean["mean"], smallest=SMALLEST_INFLUENCE)
     detail = (
-        f"Mean influence {plus_minus(mean['mean'], mean['se'])}, spread {number(details['spread'])}; negative helps."
+        f"Mean influence {scale.plus_minus(mean['mean'], mean['se'])}, spread {scale.number(details['spread'])}. "
+        f"{_unit(scale)}egative helps."
     )
     return [Sentence(headline=headline, detail=detail)]
+
+
+def _unit(scale: Scale) -> str:
+    """The beginning of a sentence that ends with `egative helps`."""
+    return f"In {scale.unit}; n" if scale.unit else "N"
 
 
 def _signed(change: Mean) -> str:

@@ -9,8 +9,7 @@ from markupsafe import Markup
 from montessori_ray.report import arms, page_results, page_scores, page_work
 from montessori_ray.report.collect import Report
 from montessori_ray.report.html import Section, Tile, join, page, paragraph, tiles
-from montessori_ray.report.words import count, listed, number, percent
-from montessori_ray.telemetry.console import clock
+from montessori_ray.report.words import count, duration, listed, number, percent
 
 SECTIONS: tuple[tuple[str, Callable[[Report], Markup | None]], ...] = (
     ("Arms", lambda report: arms.section(report.arms)),
@@ -86,7 +85,7 @@ def _key_figures(report: Report) -> list[Tile]:
     spent = report.cost
     if spent.stages:
         hours = f"{spent.gpu_hours:.2f} GPU-hours" if spent.gpu_hours else f"{spent.cpu_hours:.2f} CPU-hours"
-        found.append(Tile("Time", clock(spent.session_seconds or spent.stage_seconds), hours))
+        found.append(Tile("Time", duration(spent.session_seconds or spent.stage_seconds), hours))
     if spent.peak_memory_gb is not None:
         found.append(Tile("Peak memory", f"{spent.peak_memory_gb:.1f} GB", "on the driver's node"))
     return found

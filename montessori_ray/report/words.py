@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor, isfinite, log10
 
@@ -19,10 +20,10 @@ class Scale:
     exponent: int = 0
 
     @classmethod
-    def of(cls, *sizes: float) -> Scale:
-        """That of the largest: a multiple of 3, and 0 where it is neither tiny nor huge."""
+    def of(cls, *sizes: float, smallest: float = 0.01) -> Scale:
+        """That of the largest: a multiple of 3, and 0 where it is huge or below `smallest`."""
         largest = max((abs(size) for size in sizes if isfinite(size)), default=0.0)
-        if not largest or 0.01 <= largest < 1e5:
+        if not largest or smallest <= largest < 1e5:
             return cls()
         return cls(3 * floor(log10(largest) / 3))
 
@@ -83,9 +84,18 @@ def span(low: float, high: float) -> str:
     return scale.in_unit(f"({shown})" if scale.unit else shown)
 
 
-def tick(value: float) -> str:
-    """A number at an axis."""
-    return f"{value:.6g}".replace("-", _MINUS)
+def ticks(values: Sequence[float]) -> list[str]:
+    """Numbers along an axis, all with as many decimal places as one of them needs."""
+    places = max((len(f"{value:.6g}".partition(".")[2]) for value in values), default=0)
+    return [_fixed(value + 0.0, places, False) for value in values]
+
+
+def duration(seconds: float) -> str:
+    """`41 s`, `36 min`, `2 h 05 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def percent(share: float) -> str:

@@ -29,12 +29,14 @@ HOSTILE = '<script>console.error("instructions are text")</script> & "quotes"'
 class RunWriter:
     """Writes the artifacts of the stages of a run, in order, up to where it is told."""
 
-    def __init__(self, config: AnySettings, stages: list[Stage], *, tuned_helps: float = 2.0) -> None:
+    def __init__(self, config: AnySettings, stages: list[Stage], tuned_helps: float) -> None:
         self.config = config
         self.stages = stages
         self.run = Run(config.run)
         self.tuned_helps = tuned_helps
         """How much further below zero the influence of a tuned teacher's fresh instructions lies, in spreads."""
+        self.score_se = 2e-4
+        """Standard error of every score."""
         self._rng = np.random.default_rng(7)
         self._rows: dict[str, Rows] = {}
         self._clock = 1_800_000_000.0
@@ -161,7 +163,7 @@ class RunWriter:
             "loss_before": 4.1,
             "loss_after": 4.1 + influence,
             "influence": influence,
-            "influence_se": 2e-4,
+            "influence_se": self.score_se,
             "estimator": "corrected",
             "step_seconds": 0.2,
             "restore_seconds": 0.01,
@@ -234,7 +236,7 @@ class RunWriter:
 def loop_writer(folder: Path, *overrides: str, tuned_helps: float = 2.0) -> RunWriter:
     """A writer of a run of two iterations under `folder`."""
     config: Config = load_config(QUICKSTART, [f"run={folder / 'run'}", "iterations=2", *overrides])
-    return RunWriter(config, stages_of(config), tuned_helps=tuned_helps)
+    return RunWriter(config, stages_of(config), tuned_helps)
 
 
 def scores_writer(folder: Path) -> RunWriter:
@@ -247,4 +249,4 @@ def scores_writer(folder: Path) -> RunWriter:
             "data": {"examples": file, "reference": file},
         }
     )
-    return RunWriter(config, stages_of_scoring(config))
+    return RunWriter(config, stages_of_scoring(config), 0.0)
