@@ -13,17 +13,20 @@ from typing import Annotated, ParamSpec
 
 import typer
 import yaml
+from pydantic import ValidationError
 from rich import box
 from rich.console import Console as RichConsole
 from rich.table import Table
 from rich.text import Text
 
 from montessori_ray import comparison, loop
+from montessori_ray.artifacts.run import Run
 from montessori_ray.cluster import address_of, cluster_nodes, connected, require_room, say_bundles, this_machine
-from montessori_ray.config import Config, load_config, score_settings
+from montessori_ray.config import Config, ScoreFiles, load_config, score_settings
 from montessori_ray.errors import RunError, UserError
-from montessori_ray.scoring import EXAMPLES, INFLUENCE, score_files
+from montessori_ray.scoring import EXAMPLES, INFLUENCE, score_files, stages_of_scoring
 from montessori_ray.session import open_run
+from montessori_ray.stages.base import AnySettings, Stage, bundles_of
 from montessori_ray.telemetry.console import clock, influence_tables, say_progress, stage_table
 from montessori_ray.telemetry.events import read_events
 from montessori_ray.telemetry.progress import Progress
@@ -96,10 +99,10 @@ def plan(config: ConfigOption, overrides: Overrides = None) -> None:
     stages = comparison.all_stages(settings)
     for stage in stages:
         rows = f"{stage.rows:,}" if stage.rows is not None else ""
-        table.add_row(stage.name, rows, say_bundles(loop.bundles_of(stage, settings)))
+        table.add_row(stage.name, rows, say_bundles(bundles_of(stage, settings)))
     RichConsole(soft_wrap=True).print(table, f"cluster: {say_bundles(nodes)}", sep="")
     for stage in stages:
-        require_room(stage.name, loop.bundles_of(stage, settings), nodes)
+        require_room(stage.name, bundles_of(stage, settings), nodes)
 
 
 def _nodes(settings: Config) -> list[dict[str, float]]:
@@ -139,11 +142,8 @@ def stages(
 @said_plainly
 def status(directory: Annotated[str, typer.Argument(metavar="RUN", help="the run directory")]) -> None:
     """Where a run stands, read from its directory: works from any shell, while it runs and after."""
-    artifacts = open_run(directory)
-    if not artifacts.storage.exists("config.yaml"):
-        raise RunError(f"{artifacts.root} is not a run directory: it has no config.yaml")
-    settings = Config.model_validate(yaml.safe_load(artifacts.storage.read("config.yaml")))
-    listed = [(stage, artifacts.artifact(stage.output).manifest()) for stage in comparison.all_stages(settings)]
+    artifacts, _, its_stages = _read_run(directory)
+    listed = [(stage, artifacts.artifact(stage.output).manifest()) for stage in its_stages]
     RichConsole(soft_wrap=True).print(stage_table([(stage, manifest) for stage, manifest in listed if manifest]))
     todo = [stage.name for stage, manifest in listed if manifest is None]
     typer.echo(f"{len(listed) - len(todo)} of {len(listed)} stages done" + (f", next {todo[0]}" if todo else ""))
@@ -155,6 +155,59 @@ def status(directory: Annotated[str, typer.Argument(metavar="RUN", help="the run
         progress = Progress(**{name: latest[name] for name in ("done", "total", "unit", "note")})
         ago = time.time() - latest["time"]
         typer.echo(f"{latest['stage']}: {say_progress(progress, latest['rate'], ago)} ({clock(ago)} ago)")
+
+
+def _read_run(directory: str) -> tuple[Run, AnySettings, list[Stage]]:
+    """A run directory with its settings and stages, of the loop or of `montessori score`.
+
+    Raises:
+        RunError: it is none, or its settings are not of this version.
+    """
+    artifacts = open_run(directory)
+    if not artifacts.storage.exists("config.yaml"):
+        raise RunError(f"{artifacts.root} is not a run directory: it has no config.yaml")
+    tree = yaml.safe_load(artifacts.storage.read("config.yaml"))
+    try:
+        if isinstance(tree, dict) and "teacher" not in tree:
+            job = ScoreFiles.model_validate(tree)
+            return artifacts, job, stages_of_scoring(job)
+        settings = Config.model_validate(tree)
+    except ValidationError as error:
+        raise RunError(
+            f"{artifacts.root}/config.yaml cannot be read by this version: {error.error_count()} settings differ; use "
+            "the version that wrote it"
+        ) from None
+    return artifacts, settings, comparison.all_stages(settings)
+
+
+@app.command()
+@said_plainly
+def report(directory: Annotated[str, typer.Argument(metavar="RUN", help="the run directory")]) -> None:
+    """Write RUN/report.html and RUN/report.json, as far as the run got; every run does so at its end."""
+    from montessori_ray.report.write import write_report  # late: matplotlib takes a second
+
+    typer.echo(f"report: {write_report(*_read_run(directory))}")
+
+
+@app.command()
+@said_plainly
+def export(
+    directory: Annotated[str, typer.Argument(metavar="RUN", help="the run directory")],
+    output: Annotated[Path, typer.Option(help="folder of the export, empty or not there yet")],
+    models: Annotated[bool, typer.Option(help="copy the models too, with a card each")] = True,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="dataset repository on the Hugging Face Hub to upload it to")
+    ] = None,
+) -> None:
+    """Leave a run's datasets as a Hugging Face dataset folder, with cards that say what they were made from."""
+    from montessori_ray.export.write import export_run, upload
+
+    exported = export_run(*_read_run(directory), output, models=models)
+    for line in exported.said():
+        typer.echo(line)
+    if push_to_hub is not None:
+        for url in upload(exported, push_to_hub):
+            typer.echo(f"uploaded: {url}")
 
 
 @app.command()

@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 from montessori_ray.artifacts.run import Run
 from montessori_ray.cluster import Bundle, require_room
-from montessori_ray.config import Config, ScoreFiles, Training
+from montessori_ray.config import Config, Training
 from montessori_ray.errors import ConfigError, RunError
 from montessori_ray.session import Session
 from montessori_ray.stages import evaluate, inputs, pair, score, split, synthesize, train, tune_teacher, win_rate
 from montessori_ray.stages import schemas as columns
-from montessori_ray.stages.base import AnySettings, Stage, identity_of
+from montessori_ray.stages.base import AnySettings, Stage, bundles_of, identity_of
 
 SEEDS, REFERENCE, HELD_OUT = "inputs/seeds", "inputs/reference", "inputs/held_out"
 TEACHER, STUDENT = "inputs/teacher", "inputs/student"
@@ -270,14 +270,6 @@ def training_bundles(training: Training) -> tuple[Bundle, ...]:
 
 def score_bundles(config: AnySettings) -> tuple[Bundle, ...]:
     return (config.score.worker.bundle,) * (config.score.groups * config.score.group_size)
-
-
-def bundles_of(stage: Stage, config: AnySettings) -> list[Bundle]:
-    """Everything a stage holds at once: its own workers, and the pool where it uses it or it stays up."""
-    if isinstance(config, ScoreFiles):
-        return list(stage.bundles)
-    pool = [config.pool.worker.bundle] * config.pool.replicas
-    return [*stage.bundles, *(pool if stage.teacher or (config.pool.resident and stage.bundles) else [])]
 
 
 def select(stages: Sequence[Stage], kinds: Sequence[str], iteration: int | None) -> list[Stage]:

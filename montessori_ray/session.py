@@ -127,8 +127,18 @@ class Session:
         self.console.note(sentence)
 
     def finish(self, stages: Sequence[Stage]) -> None:
-        """Show what happened, as far as the run got."""
-        self.console.summary(self.run, stages)
+        """Write the report and show what happened, as far as the run got."""
+        from montessori_ray.report.write import write_report  # late: matplotlib takes a second
+
+        report = None
+        try:
+            report = write_report(self.run, self.config, stages)
+        except Exception as error:  # whatever it is, the run is finished, and that must be seen
+            self.note(
+                f"the report could not be written ({type(error).__name__}: {error}); the run is not touched by that, "
+                f"`montessori report {self.run.root}` tries again"
+            )
+        self.console.summary(self.run, stages, report)
 
     def _host(self, stage: Stage) -> Any:
         """Give the stage its teacher, or the pool's resources where it has none."""

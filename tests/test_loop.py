@@ -17,7 +17,7 @@ from montessori_ray.session import Session
 from montessori_ray.stages.base import Stage, identity_of
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-SHIPPED = sorted(CONFIGS.glob("*.yaml"))
+SHIPPED = sorted(set(CONFIGS.glob("*.yaml")) - set(CONFIGS.glob("benchmarks_*.yaml")))
 
 
 def quickstart(*overrides: str) -> Config:

@@ -109,3 +109,11 @@ def identity_of(stage: Stage, config: Section, run: Run) -> Identity:
     inputs = {name: run.artifact(name).require().digest for name in stage.inputs}
     settings = content_settings(stage.config or config, stage.settings)
     return Identity(stage=stage.name, settings=settings, inputs=inputs)
+
+
+def bundles_of(stage: Stage, config: AnySettings) -> list[dict[str, float]]:
+    """Everything a stage holds at once: its own workers, and the pool where it uses it or it stays up."""
+    if isinstance(config, ScoreFiles):
+        return list(stage.bundles)
+    pool = [config.pool.worker.bundle] * config.pool.replicas
+    return [*stage.bundles, *(pool if stage.teacher or (config.pool.resident and stage.bundles) else [])]

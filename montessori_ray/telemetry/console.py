@@ -69,8 +69,8 @@ class Console:
         """A stage's output was there already."""
         self.rich.print(Text.assemble(("= ", "cyan"), (f"{stage:<{NAME_WIDTH}} {_said(manifest)}, kept", "dim")))
 
-    def summary(self, run: Run, stages: Sequence[Stage]) -> None:
-        """The stages with rows, time and memory; then the result, if the run has one."""
+    def summary(self, run: Run, stages: Sequence[Stage], report: str | None = None) -> None:
+        """The stages with rows, time and memory; then the result, if the run has one, and where its report is."""
         manifests = [(stage, run.artifact(stage.output).manifest()) for stage in stages]
         self.rich.print()
         self.rich.print(stage_table([(stage, manifest) for stage, manifest in manifests if manifest]))
@@ -83,6 +83,8 @@ class Console:
             for part in comparison_tables(comparison.details):
                 self.rich.print(part)
         self.rich.print(Text(f"run: {run.root}"))
+        if report is not None:
+            self.rich.print(Text(f"report: {report}"))
 
 
 def say_progress(progress: Progress, rate: float | None, seconds: float) -> str:
@@ -201,15 +203,15 @@ def _data_table(data: dict[str, Any]) -> Table:
             f"{fresh['duplicate_rate']:.1%}",
             f"{fresh['instructions']['self_rouge_l']:.2f}",
             f"{fresh['responses']['tokens']:.0f}",
-            *(_span(told[name]) for name in ("training_rows", "training_tokens")),
+            *(say_counts(told[name]) for name in ("training_rows", "training_tokens")),
         )
     return table
 
 
-def _span(counts: Sequence[int]) -> str:
-    """`96`, or `94-96` where the teachers of an arm differ."""
+def say_counts(counts: Sequence[int]) -> str:
+    """`96`, or `94 to 96` where they differ."""
     low, high = min(counts), max(counts)
-    return f"{low:,}" if low == high else f"{low:,}-{high:,}"
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 BINS = 15

@@ -1,0 +1,118 @@
+"""Exporting a run into a folder, and that folder to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from montessori_ray.artifacts.manifest import Manifest
+from montessori_ray.artifacts.run import BEGUN, LOCATION, MANIFEST, Run
+from montessori_ray.config import Config
+from montessori_ray.errors import RunError
+from montessori_ray.export.cards import dataset_card, hub_name, model_card
+from montessori_ray.export.tables import KINDS, Split, write_split
+from montessori_ray.stages.base import AnySettings, Stage
+
+CARD = "README.md"
+MODELS = "models"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What an export wrote."""
+
+    folder: Path
+    splits: list[Split]
+    models: list[str]
+    """Names of the folders in `models/`."""
+
+    def said(self) -> list[str]:
+        """A line for each thing written."""
+        lines = [f"{self.folder / split.path}: {split.rows:,} rows" for split in self.splits]
+        return [*lines, *(f"{self.folder / MODELS / name}: model" for name in self.models)]
+
+
+def export_run(run: Run, config: AnySettings, stages: list[Stage], output: Path, *, models: bool) -> Exported:
+    """Write what the run has of datasets and, if asked, models into `output`.
+
+    Raises:
+        RunError: there is nothing to export yet, or the folder has files in it.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RunError(f"{output} is there already and is no empty folder: name another one as --output")
+    found = {stage.output: run.artifact(stage.output).manifest() for stage in stages}
+    manifests = {name: manifest for name, manifest in found.items() if manifest is not None}
+    chosen = [stage for kind in KINDS for stage in stages if stage.kind == kind and _has_rows(manifests, stage)]
+    if not chosen:
+        raise RunError(f"{run.root} has no dataset to export yet: `montessori status {run.root}` says where it stands")
+    output.mkdir(parents=True, exist_ok=True)
+    splits = [write_split(run, stage, output) for stage in chosen]
+    copied = _copy_models(run, config, stages, manifests, output / MODELS) if models else []
+    provenance = {name: manifest.model_dump(mode="json") for name, manifest in manifests.items()}
+    (output / "provenance.json").write_text(json.dumps(provenance, indent=1), encoding="utf-8")
+    card = dataset_card(run.root.rstrip("/").rsplit("/", 1)[-1], config, splits, manifests, copied)
+    (output / CARD).write_text(card, encoding="utf-8")
+    return Exported(folder=output, splits=splits, models=copied)
+
+
+def _has_rows(manifests: dict[str, Manifest], stage: Stage) -> bool:
+    return stage.output in manifests and bool(manifests[stage.output].rows)
+
+
+def _copy_models(
+    run: Run, config: AnySettings, stages: list[Stage], manifests: dict[str, Manifest], folder: Path
+) -> list[str]:
+    """The tuned teachers and the trained student, each with a card; a warmed student stays in the run."""
+    copied = []
+    for stage in stages:
+        if stage.kind not in ("tune_teacher", "train_student") or stage.output not in manifests:
+            continue
+        name = stage.output.replace("/", "_")
+        source = run.artifact(stage.output).model_path()
+        shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns(BEGUN, MANIFEST, LOCATION))
+        card = model_card(name, _how(stage), _base(stage, config), manifests[stage.output])
+        (folder / name / CARD).write_text(card, encoding="utf-8")
+        copied.append(name)
+    return copied
+
+
+def _how(stage: Stage) -> str:
+    source, rows = stage.inputs[:2]
+    if stage.kind == "tune_teacher":
+        return f"A teacher, `{source}`, tuned by DPO on `{rows}` to write instructions that help its student."
+    return f"A student, `{source}`, fine-tuned on what its teacher wrote, `{rows}`."
+
+
+def _base(stage: Stage, config: AnySettings) -> str | None:
+    """The model on the Hub that it descends from."""
+    assert isinstance(config, Config), "only the loop makes these models"
+    return hub_name(config.teacher.model if stage.kind == "tune_teacher" else config.student.model)
+
+
+def upload(exported: Exported, repository: str) -> list[str]:
+    """Upload to the Hub, private: the datasets to `repository`, each model to `repository-NAME`; returns their URLs.
+
+    Raises:
+        RunError: the Hub did not take it; the export stays where it is.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    parts = [(repository, "dataset", exported.folder)]
+    parts += [(f"{repository}-{name}", "model", exported.folder / MODELS / name) for name in exported.models]
+    urls = []
+    for name, kind, folder in parts:
+        try:
+            urls.append(str(api.create_repo(name, repo_type=kind, private=True, exist_ok=True)))
+            api.upload_folder(
+                repo_id=name, repo_type=kind, folder_path=folder, commit_message="Export of a montessori_ray run",
+                ignore_patterns=[f"{MODELS}/**"] if kind == "dataset" else None,
+            )  # fmt: skip
+        except Exception as error:  # the client also lets errors of its HTTP library through
+            raise RunError(
+                f"could not upload {folder} to {name}: {error}; the export is complete: log in with `hf auth login`, "
+                f"then `hf upload {name} {folder} --repo-type {kind}`"
+            ) from None
+    return urls

@@ -1,0 +1,177 @@
+"""`montessori export`: the folder as `datasets` loads it, and cards that say what it was made from."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import yaml
+from datasets import get_dataset_config_names, load_dataset
+from huggingface_hub import DatasetCard, ModelCard
+from typer.testing import CliRunner
+
+from montessori_ray.cli import app
+from montessori_ray.errors import RunError
+from montessori_ray.export import tables
+from montessori_ray.export.cards import hub_name
+from montessori_ray.export.write import Exported, export_run, upload
+from tests.report.synthetic import HOSTILE, RunWriter, loop_writer, scores_writer
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunWriter, Exported]:
+    folder = tmp_path_factory.mktemp("export")
+    writer = loop_writer(folder)
+    writer.write()
+    return writer, export_run(writer.run, writer.config, writer.stages, folder / "out", models=True)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+SOURCES = {
+    "training_set": {"train": "final/training_set"},
+    "examples": {place: f"{place}/responses" for place in ("iteration_00", "iteration_01", "final")},
+    "samples": {place: f"{place}/instructions" for place in ("iteration_00", "iteration_01", "final")},
+    "influence": {place: f"{place}/influence" for place in ("iteration_00", "iteration_01")},
+    "fresh_influence": {"train": "final/fresh_influence"},
+    "preference_pairs": {place: f"{place}/pairs" for place in ("iteration_00", "iteration_01")},
+}
+"""Config -> split -> the artifact its rows are in."""
+
+
+@pytest.mark.parametrize("config", SOURCES)
+def test_every_config_loads_with_the_rows_of_the_run(exported: tuple[RunWriter, Exported], config: str) -> None:
+    writer, out = exported
+    loaded = load_dataset(str(out.folder), config)
+    assert set(loaded) == set(SOURCES[config])
+    for split, artifact in SOURCES[config].items():
+        rows = list(writer.run.artifact(artifact).rows())
+        texts = ("instruction", "response") if "influence" in config else ()
+        assert [{name: row[name] for name in rows[0]} for row in loaded[split]] == rows
+        assert set(loaded[split].column_names) == {*rows[0], *texts}
+
+
+def test_configs_are_those_of_the_card(exported: tuple[RunWriter, Exported]) -> None:
+    _, out = exported
+    assert get_dataset_config_names(str(out.folder)) == list(SOURCES)
+    assert load_dataset(str(out.folder))["train"].num_rows == 40, "the training set is what one gets unasked"
+
+
+def test_scores_stand_beside_their_texts(exported: tuple[RunWriter, Exported]) -> None:
+    writer, out = exported
+    texts = {row["example_id"]: row for row in writer.run.artifact("iteration_00/probing_set").rows()}
+    rows = list(load_dataset(str(out.folder), "influence")["iteration_00"])
+    assert all(row["instruction"] == texts[row["example_id"]]["instruction"] for row in rows)
+    assert HOSTILE in {row["instruction"] for row in rows}
+
+
+def test_row_groups_are_joined_and_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = loop_writer(tmp_path, "iterations=1")
+    writer.write()
+    monkeypatch.setattr(tables, "ROWS_A_GROUP", 10)
+    out = export_run(writer.run, writer.config, writer.stages, tmp_path / "out", models=False)
+    rows = list(writer.run.artifact("final/training_set").rows())
+    assert list(load_dataset(str(out.folder), "training_set")["train"]) == rows
+    assert not (tmp_path / "out" / "models").exists()
+
+
+def test_the_dataset_card_says_where_it_comes_from(exported: tuple[RunWriter, Exported]) -> None:
+    writer, out = exported
+    card = DatasetCard.load(out.folder / "README.md")
+    assert card.data.license is None, "the user's to choose"
+    assert "# license: choose one" in (out.folder / "README.md").read_text()
+    for stage in writer.stages:
+        manifest = writer.run.artifact(stage.output).require()
+        assert manifest.digest[:16] in card.text
+    for words in (
+        "embedded:smollm2-135m-instruct",
+        "2 iterations",
+        "null_step",
+        "ray 2.",
+        "torch 2.",
+        "negative helps",
+    ):
+        assert words in card.text
+    provenance = json.loads((out.folder / "provenance.json").read_text())
+    assert provenance["final/training_set"]["digest"] == writer.run.artifact("final/training_set").require().digest
+    assert provenance["iteration_00/influence"]["identity"]["settings"]["score.baseline"] == "null_step"
+
+
+def test_models_come_with_cards(exported: tuple[RunWriter, Exported]) -> None:
+    writer, out = exported
+    assert out.models == ["iteration_00_teacher", "iteration_01_teacher", "final_student"]
+    for name, artifact in (("iteration_01_teacher", "iteration_01/teacher"), ("final_student", "final/student")):
+        folder = out.folder / "models" / name
+        manifest = writer.run.artifact(artifact).require()
+        assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+        original = Path(writer.run.artifact(artifact).url)
+        assert (folder / "model.safetensors").read_bytes() == (original / "model.safetensors").read_bytes()
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.library_name == "transformers"
+        assert manifest.digest in card.text
+        for input in manifest.identity.inputs:
+            assert input in card.text
+    assert "eval_after.reward_accuracy | 0.75" in (out.folder / "models/iteration_00_teacher/README.md").read_text()
+
+
+def test_a_run_that_only_scores(tmp_path: Path) -> None:
+    writer = scores_writer(tmp_path)
+    writer.write()
+    out = export_run(writer.run, writer.config, writer.stages, tmp_path / "out", models=True)
+    assert out.models == []
+    (row, *_) = load_dataset(str(tmp_path / "out"), "influence")["train"]
+    assert row["instruction"]
+    assert math.isfinite(row["influence"])
+
+
+def test_an_unfinished_run_exports_what_it_has(tmp_path: Path) -> None:
+    writer = loop_writer(tmp_path)
+    writer.write("iteration_00/score")
+    result = CliRunner().invoke(app, ["export", writer.run.root, "--output", str(tmp_path / "out"), "--no-models"])
+    assert result.exit_code == 0, result.output
+    header = yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---")[1])
+    assert [config["config_name"] for config in header["configs"]] == ["examples", "samples"]
+    assert "data/examples/iteration_00.parquet: 96 rows" in result.output
+
+
+def test_what_cannot_be_exported_is_said(tmp_path: Path) -> None:
+    writer = loop_writer(tmp_path)
+    writer.write("iteration_00/instructions")
+    with pytest.raises(RunError, match="has no dataset to export yet"):
+        export_run(writer.run, writer.config, writer.stages, tmp_path / "out", models=True)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(RunError, match="is there already and is no empty folder"):
+        export_run(writer.run, writer.config, writer.stages, tmp_path / "run", models=True)
+
+
+def test_an_upload_that_fails_keeps_the_export(
+    exported: tuple[RunWriter, Exported], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no Hub here: what is tested is that the real client's failure becomes a sentence."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    _, out = exported
+    with pytest.raises(RunError, match=f"could not upload {out.folder} to me/mine: .*`hf upload me/mine {out.folder}"):
+        upload(out, "me/mine")
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("meta-llama/Meta-Llama-3-8B", "meta-llama/Meta-Llama-3-8B"),
+        ("embedded:smollm2-135m-instruct", None),
+        ("/models/student", None),
+        ("./models/student", None),
+        ("runs/quickstart/final/student", None),
+    ],
+)
+def test_hub_names(model: str, name: str | None) -> None:
+    assert hub_name(model) == name
