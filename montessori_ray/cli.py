@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, ParamSpec
+from typing import Annotated, Any, ParamSpec
 
 import typer
 import yaml
@@ -20,10 +20,11 @@ from rich.text import Text
 
 from montessori_ray import comparison, loop
 from montessori_ray.cluster import address_of, cluster_nodes, connected, require_room, say_bundles, this_machine
-from montessori_ray.config import Config, load_config, score_settings
+from montessori_ray.config import Config, ScoreFiles, load_config, score_settings
 from montessori_ray.errors import RunError, UserError
-from montessori_ray.scoring import EXAMPLES, INFLUENCE, score_files
+from montessori_ray.scoring import EXAMPLES, INFLUENCE, score_files, stages_of_scoring
 from montessori_ray.session import open_run
+from montessori_ray.stages.base import Stage
 from montessori_ray.telemetry.console import clock, influence_tables, say_progress, stage_table
 from montessori_ray.telemetry.events import read_events
 from montessori_ray.telemetry.progress import Progress
@@ -142,8 +143,8 @@ def status(directory: Annotated[str, typer.Argument(metavar="RUN", help="the run
     artifacts = open_run(directory)
     if not artifacts.storage.exists("config.yaml"):
         raise RunError(f"{artifacts.root} is not a run directory: it has no config.yaml")
-    settings = Config.model_validate(yaml.safe_load(artifacts.storage.read("config.yaml")))
-    listed = [(stage, artifacts.artifact(stage.output).manifest()) for stage in comparison.all_stages(settings)]
+    stages = _stages_in(yaml.safe_load(artifacts.storage.read("config.yaml")))
+    listed = [(stage, artifacts.artifact(stage.output).manifest()) for stage in stages]
     RichConsole(soft_wrap=True).print(stage_table([(stage, manifest) for stage, manifest in listed if manifest]))
     todo = [stage.name for stage, manifest in listed if manifest is None]
     typer.echo(f"{len(listed) - len(todo)} of {len(listed)} stages done" + (f", next {todo[0]}" if todo else ""))
@@ -155,6 +156,13 @@ def status(directory: Annotated[str, typer.Argument(metavar="RUN", help="the run
         progress = Progress(**{name: latest[name] for name in ("done", "total", "unit", "note")})
         ago = time.time() - latest["time"]
         typer.echo(f"{latest['stage']}: {say_progress(progress, latest['rate'], ago)} ({clock(ago)} ago)")
+
+
+def _stages_in(settings: dict[str, Any]) -> list[Stage]:
+    """The stages of the run with these settings: the loop's, or those of scoring files."""
+    if "teacher" in settings:
+        return comparison.all_stages(Config.model_validate(settings))
+    return stages_of_scoring(ScoreFiles.model_validate(settings))
 
 
 @app.command()
