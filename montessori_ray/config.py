@@ -306,6 +306,7 @@ class Score(Section):
     speed_only = frozenset(
         {
             "groups",
+            "max_groups",
             "group_size",
             "worker",
             "zero_stage",
@@ -349,6 +350,9 @@ class Score(Section):
     a `learning_rate`; None takes the state beside the warmed student's weights (paper)."""
     groups: Count = 1
     """Scoring groups, each with a whole copy of the student."""
+    max_groups: Count | None = None
+    """Scoring groups there may be once scoring runs: further ones start when nodes join or others leave room, as long
+    as enough examples wait for them. None: no more than `groups`."""
     group_size: Count = 1
     """Ranks that share one copy."""
     worker: WorkerResources = WorkerResources()
@@ -360,7 +364,7 @@ class Score(Section):
     lease_timeout_s: Positive = 1800
     """Seconds after which a lease that was not returned is given to another group."""
     max_group_failures: Annotated[int, Field(ge=0)] = 3
-    """Times a scoring group is started again after it died."""
+    """Times a scoring group is started again after it died; the next time it is retired and the others go on."""
     backend: Literal["auto", "local", "zero"] = "auto"
     """`local`: the whole student on one device (20 bytes a weight). `zero`: in a DeepSpeed engine, sharded over the
     group by `zero_stage`. `auto`: local for groups of one rank."""
@@ -378,6 +382,8 @@ class Score(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if self.max_groups is not None and self.max_groups < self.groups:
+            raise ValueError(f"max_groups {self.max_groups} is below groups {self.groups}: raise it, or leave it out")
         if self.backend == "local" and self.group_size > 1:
             raise ValueError(
                 f"backend local holds the student on one device, group_size is {self.group_size}: raise groups "
