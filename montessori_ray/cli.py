@@ -19,7 +19,7 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 from rich.text import Text
 
-from montessori_ray import loop
+from montessori_ray import comparison, loop
 from montessori_ray.artifacts.run import Run
 from montessori_ray.cluster import address_of, cluster_nodes, connected, require_room, say_bundles, this_machine
 from montessori_ray.config import Config, ScoreFiles, load_config, score_settings
@@ -81,6 +81,13 @@ def run(
 
 @app.command()
 @said_plainly
+def compare(config: ConfigOption, overrides: Overrides = None) -> None:
+    """Run the arms of a comparison, share what does not differ, and say which differences are more than noise."""
+    comparison.run_comparison(load_config(config, overrides))
+
+
+@app.command()
+@said_plainly
 def plan(config: ConfigOption, overrides: Overrides = None) -> None:
     """Show the stages, their rows and what they ask the cluster for; starts nothing."""
     settings = load_config(config, overrides)
@@ -88,8 +95,8 @@ def plan(config: ConfigOption, overrides: Overrides = None) -> None:
     table = Table(title=f"Plan of {open_run(settings.run).root}", box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("stage", no_wrap=True)
     table.add_column("rows", justify="right")
-    table.add_column("asks for at once")
-    stages = loop.stages_of(settings)
+    table.add_column("asks for at once", no_wrap=True)
+    stages = comparison.all_stages(settings)
     for stage in stages:
         rows = f"{stage.rows:,}" if stage.rows is not None else ""
         table.add_row(stage.name, rows, say_bundles(bundles_of(stage, settings)))
@@ -115,7 +122,7 @@ def stages(
 ) -> None:
     """List the stages and the artifacts they read and make; remove some to have them made again."""
     settings = load_config(config, overrides)
-    listed = loop.stages_of(settings)
+    listed = comparison.all_stages(settings)
     artifacts = open_run(settings.run)
     if remove is not None:
         with artifacts.lock():
@@ -170,7 +177,7 @@ def _read_run(directory: str) -> tuple[Run, AnySettings, list[Stage]]:
             f"{artifacts.root}/config.yaml cannot be read by this version: {error.error_count()} settings differ; use "
             "the version that wrote it"
         ) from None
-    return artifacts, settings, loop.stages_of(settings)
+    return artifacts, settings, comparison.all_stages(settings)
 
 
 @app.command()

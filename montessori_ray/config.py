@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -275,6 +276,8 @@ class Training(Section):
     """Recompute activations in the backward pass to save memory."""
     checkpoint_steps: Count = 50
     """Optimizer steps between checkpoints that a killed training continues from."""
+    seed: Annotated[int, Field(ge=0)] | None = None
+    """Order of the rows; None takes the run's seed."""
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Self:
@@ -390,6 +393,11 @@ class Score(Section):
 class Pair(Section):
     """Influence -> preference pairs (paper section 3.3)."""
 
+    signal: Literal["influence", "training_loss", "llm_judge", "random", "shuffled_labels"] = "influence"
+    """What makes an example preferred to its siblings: influence (paper), or one of the paper's ablations and controls:
+    the warmed student's loss on the example itself above the siblings' mean (`training_loss`), a grade above their mean
+    (`llm_judge`, see `judge`), chance (`random`), or influence with the labels of every other pair, drawn at random,
+    exchanged (`shuffled_labels`: the same texts without the signal)."""
     rule: Literal["all", "best_worst"] = "all"
     """`all`: every helpful x harmful combination of a few-shot prompt (paper). `best_worst`: one pair a prompt."""
     margin_se: Annotated[float, Field(ge=0)] = 0.0
@@ -410,6 +418,12 @@ class DpoOptimizer(Optimizer):
 class TuneTeacher(Training):
     """DPO on the teacher (paper section 3.3): Training's settings and these."""
 
+    tunes: Literal["instruction", "response", "nothing"] = "instruction"
+    """What the pairs are made of: instructions of one few-shot prompt (paper), `candidates` responses to one
+    instruction (the paper's ablation; the original teacher then goes on writing the instructions), or `nothing`:
+    self-instruct, in which the original teacher writes everything."""
+    candidates: Annotated[int, Field(ge=2)] = 4
+    """Responses sampled to each probed instruction where responses are tuned."""
     optimizer: DpoOptimizer = DpoOptimizer()
     """AdamW settings."""
     batch_size: Count = 2
@@ -426,11 +440,40 @@ class TuneTeacher(Training):
     """Share of few-shot prompts whose pairs are kept out of training to measure accuracy and margin; at least one."""
 
 
+class Judge(Section):
+    """A model that says which of two answers is better: behind any OpenAI-compatible endpoint, or in the pool."""
+
+    speed_only = frozenset({"api_key_env", "concurrency"})
+
+    model: str
+    """Name of the model at the endpoint, or `pool`: the original teacher, hosted in the teacher pool."""
+    base_url: str | None = None
+    """Address of the endpoint, e.g. http://host:8000/v1; None for `model: pool` only."""
+    api_key_env: str | None = None
+    """Environment variable that holds the endpoint's key; None sends none, as servers of one's own need none."""
+    max_tokens: Count = 512
+    """Longest reply, tokens: a reason in a few sentences and the verdict."""
+    concurrency: Count = 16
+    """Questions under way at once."""
+
+    @model_validator(mode="after")
+    def _is_somewhere(self) -> Self:
+        if (self.model == "pool") != (self.base_url is None):
+            raise ValueError(
+                f"model {self.model} with base_url {self.base_url}: a judge is either `pool`, without a base_url, or a "
+                "model's name at the base_url of an OpenAI-compatible endpoint"
+            )
+        return self
+
+
 class Evaluate(Section):
     """Measuring whether the run helped."""
 
     fresh: Annotated[int, Field(ge=0)] = 200
     """Fresh instructions of the original and of each tuned teacher, scored against the same warmed student. 0: none."""
+    judge: Judge | None = None
+    """Who compares the answers of the original and of the trained student to the held-out instructions; None: nobody,
+    and no student answers."""
 
 
 class Telemetry(Section):
@@ -440,6 +483,39 @@ class Telemetry(Section):
     """Experiment tracker; curves of TensorBoard lie in the run directory."""
     project: str = "montessori_ray"
     """Project (W&B) or experiment (MLflow) name."""
+
+
+SHARED_BY_ARMS = ("run", "seed", "cluster", "data", "teacher", "student", "pool", "evaluate", "telemetry", "compare")
+"""What no arm of a comparison may change: only then do the arms differ in nothing else."""
+
+
+class Compare(Section):
+    """Arms of `montessori compare`: the same loop but for the settings each changes."""
+
+    arms: dict[str, dict[str, Any]]
+    """Name -> dotted settings over the config's, e.g. `shuffled_labels: {pair.signal: shuffled_labels}`; `{}` is the
+    config as it is."""
+    against: str
+    """The arm that all others are compared with."""
+    tuning_seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    """Seeds of `tune_teacher.seed`: so many tuned teachers an arm."""
+    student_seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    """Seeds of `train_student.seed`: so many students a teacher."""
+
+    @model_validator(mode="after")
+    def _arms_are_arms(self) -> Self:
+        if self.against not in self.arms:
+            raise ValueError(f"against is {self.against!r}, expected one of the arms: {', '.join(self.arms)}")
+        for name, settings in self.arms.items():
+            if not re.fullmatch(r"[a-z0-9_]+", name):
+                raise ValueError(f"arm {name!r}: a name is made of a-z, 0-9 and _, it becomes a folder")
+            for key in settings:
+                if key.partition(".")[0] in SHARED_BY_ARMS:
+                    raise ValueError(f"arm {name} changes {key}, which all arms share: compare two runs instead")
+        for seeds in (self.tuning_seeds, self.student_seeds):
+            if len(set(seeds)) < len(seeds):
+                raise ValueError(f"seeds {list(seeds)} are not all different: a repeated one says nothing new")
+        return self
 
 
 class Config(Section):
@@ -453,6 +529,15 @@ class Config(Section):
     """Rounds of synthesize, warm up, score, pair, tune (paper: 2)."""
     training_set: Count = 10_000
     """Examples the last teacher writes for the student (paper: 10K)."""
+    training_tokens: Count | None = None
+    """Response tokens of the training set: rows are taken in order until these are reached, so that teachers with
+    longer answers give no more to learn from. None sets no limit (paper)."""
+    training_select: Literal["all", "most_helpful"] = "all"
+    """`most_helpful`: `synthesize.n` times as many examples are scored against the warmed student and the most helpful
+    ones of each prompt kept (best of n, the way to spend scoring without tuning)."""
+    responses_by: Literal["tuned", "original"] = "tuned"
+    """Who answers a tuned teacher's instructions: itself (paper), or the original teacher, which keeps what the
+    instructions gain apart from what the answers gain."""
     cluster: Cluster = Cluster()
     data: Data
     teacher: Teacher
@@ -468,6 +553,8 @@ class Config(Section):
     """Fine-tuning of the original student on the training set."""
     evaluate: Evaluate = Evaluate()
     telemetry: Telemetry = Telemetry()
+    compare: Compare | None = None
+    """Arms for `montessori compare`; None: one loop, `montessori run`."""
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
@@ -483,6 +570,12 @@ class Config(Section):
                     f"synthesize.{name}.max_tokens leaves no room for a prompt in pool.max_model_len "
                     f"{self.pool.max_model_len}"
                 )
+        if self.tune_teacher.tunes == "nothing" and self.iterations > 1:
+            raise ValueError(
+                f"tune_teacher.tunes is nothing, so {self.iterations} iterations are one: set iterations=1"
+            )
+        if self.tune_teacher.tunes == "response" and self.responses_by == "original":
+            raise ValueError("responses_by=original would never ask the teacher whose responses are tuned")
         return self
 
 
@@ -523,6 +616,25 @@ class ScoreFiles(Section):
     warm_up: WarmUp = WarmUp()
     score: Score = Score()
     telemetry: Telemetry = Telemetry()
+
+
+class Benchmarks(Section):
+    """Benchmarks of lm-evaluation-harness and how they are run: what `montessori benchmark --tasks` reads."""
+
+    tasks: Annotated[dict[str, Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    """Task or group of the harness -> examples shown before each question (shots)."""
+    backend: Literal["hf", "vllm"] = "hf"
+    """The harness's model class: transformers, or vLLM (faster on GPUs)."""
+    model_arguments: dict[str, Any] = {}
+    """Further arguments of that class, passed as they are (e.g. dtype, max_model_len, gpu_memory_utilization)."""
+    batch_size: Count | Literal["auto"] = "auto"
+    """Questions in one pass; `auto` lets the harness find the largest that fits."""
+    chat_template: bool = False
+    """Put questions into the model's chat template. The harness's published numbers, and the paper's, go without."""
+    task_folder: str | None = None
+    """Folder of task files of one's own, beside those the harness has."""
+    limit: Count | None = None
+    """Questions of each task, for a trial; None asks all."""
 
 
 def content_settings(config: Section, keys: tuple[str, ...]) -> dict[str, Any]:
@@ -572,11 +684,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     tree = _read_tree(Path(path), ())
     for override in overrides or []:
-        _set_dotted(tree, override)
+        _set_override(tree, override)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_describe(error)}") from None
+        raise ConfigError(f"{path}: {describe(error)}") from None
 
 
 def score_settings(tree: dict[str, Any], overrides: list[str] | None = None) -> ScoreFiles:
@@ -586,11 +698,26 @@ def score_settings(tree: dict[str, Any], overrides: list[str] | None = None) -> 
         ConfigError: as `load_config`.
     """
     for override in overrides or []:
-        _set_dotted(tree, override if "." in override.partition("=")[0] else f"score.{override}")
+        _set_override(tree, override if "." in override.partition("=")[0] else f"score.{override}")
     try:
         return ScoreFiles.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_describe(error)) from None
+        raise ConfigError(describe(error)) from None
+
+
+def load_benchmarks(path: Path, overrides: list[str] | None = None) -> Benchmarks:
+    """Benchmarks from a YAML file and overrides.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    tree = _read_tree(path, ())
+    for override in overrides or []:
+        _set_override(tree, override)
+    try:
+        return Benchmarks.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {describe(error)}") from None
 
 
 def _read_tree(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
@@ -631,23 +758,32 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _set_dotted(tree: dict[str, Any], override: str) -> None:
+def _set_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r} is not of the form section.key=value")
-    *sections, leaf = key.split(".")
-    for name in sections:
-        node = tree.setdefault(name, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {name} is a value, not a section")
-        tree = node
     try:
-        tree[leaf] = yaml.safe_load(text)
+        set_dotted(tree, key, yaml.safe_load(text))
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
 
 
-def _describe(error: ValidationError) -> str:
+def set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set `section.key` of a tree of settings, sections made where there are none.
+
+    Raises:
+        ConfigError: a section on the way is a value.
+    """
+    *sections, leaf = key.split(".")
+    for name in sections:
+        node = tree.setdefault(name, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"{key}: {name} is a value, not a section")
+        tree = node
+    tree[leaf] = value
+
+
+def describe(error: ValidationError) -> str:
     """Pydantic's findings as one line: where, what was given, what is wrong."""
     findings = []
     for item in error.errors():

@@ -92,8 +92,8 @@ def require_disjoint(name: str, rows: list[str], other_name: str, other_rows: li
     Raises:
         DataError: they overlap; names the count and one of the shared instructions.
     """
-    seen = {_normalised(row) for row in other_rows}
-    shared = [row for row in rows if _normalised(row) in seen]
+    seen = {normalised(row) for row in other_rows}
+    shared = [row for row in rows if normalised(row) in seen]
     if shared:
         raise DataError(
             f"{len(shared)} of the {len(rows)} {name} rows are also in the {other_name} set (first: "
@@ -101,7 +101,8 @@ def require_disjoint(name: str, rows: list[str], other_name: str, other_rows: li
         )
 
 
-def _normalised(text: str) -> str:
+def normalised(text: str) -> str:
+    """The text by which two rows are the same: letter case and white space aside."""
     return re.sub(r"\s+", " ", text).strip().casefold()
 
 

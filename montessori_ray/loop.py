@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from functools import partial
+from typing import NamedTuple
 
 from montessori_ray.artifacts.run import Run
 from montessori_ray.cluster import Bundle, require_room
@@ -21,8 +22,16 @@ from montessori_ray.stages.base import AnySettings, Stage, bundles_of, identity_
 SEEDS, REFERENCE, HELD_OUT = "inputs/seeds", "inputs/reference", "inputs/held_out"
 TEACHER, STUDENT = "inputs/teacher", "inputs/student"
 STUDENT_KEYS = ("student.chat_template", "student.max_length")
+SPLIT_KEYS = ("split", "synthesize.drop_truncated")
 FIRST_WARMED = "iteration_00/warmed_student"
 """Fresh instructions of all teachers are scored against one student, so that only the teachers differ."""
+
+
+class Teachers(NamedTuple):
+    """The artifacts of the teachers that write instructions and that answer them."""
+
+    writer: str
+    answerer: str
 
 
 def stages_of(config: Config) -> list[Stage]:
@@ -33,14 +42,29 @@ def stages_of(config: Config) -> list[Stage]:
     both_sets = config.split.warmup + config.split.probing + 2 * config.synthesize.n  # whole prompts overshoot
     for number in range(config.iterations):
         name = f"iteration_{number:02d}"
-        stages += _synthesize(config, name, teacher, both_sets)
-        stages += _fresh(config, name, teacher, fresh_sets)
-        stages += _tune(config, name, teacher)
-        teacher = f"{name}/teacher"
-    stages += _synthesize(config, "final", teacher, config.training_set)
-    stages += _fresh(config, "final", teacher, fresh_sets)
-    stages += _train_and_evaluate(config, fresh_sets)
+        teachers = _teachers(config, teacher)
+        stages += _synthesize(config, name, teachers, both_sets)
+        stages += _fresh(config, name, teachers, fresh_sets)
+        stages += _warm_up(config, name)
+        if config.tune_teacher.tunes != "nothing":
+            stages += _tune(config, name, teacher)
+            teacher = f"{name}/teacher"
+    teachers = _teachers(config, teacher)
+    samples = config.synthesize.n if config.training_select == "most_helpful" else 1
+    stages += _synthesize(config, "final", teachers, config.training_set * samples)
+    if teacher != TEACHER:
+        stages += _fresh(config, "final", teachers, fresh_sets)
+    stages += _train(config)
+    stages += _evaluate(config, fresh_sets)
     return stages
+
+
+def _teachers(config: Config, teacher: str) -> Teachers:
+    """Who writes and who answers, of the latest and the original teacher."""
+    return Teachers(
+        writer=TEACHER if config.tune_teacher.tunes == "response" else teacher,
+        answerer=TEACHER if config.responses_by == "original" else teacher,
+    )
 
 
 def _inputs() -> list[Stage]:
@@ -64,18 +88,18 @@ def _inputs() -> list[Stage]:
     ]  # fmt: skip
 
 
-def _synthesize(config: Config, name: str, teacher: str, target: int) -> list[Stage]:
+def _synthesize(config: Config, name: str, teachers: Teachers, target: int) -> list[Stage]:
     """1. The teacher writes instructions and answers them."""
-    return _write(config, name, teacher, target, prefix="", learn_shots=True)
+    return _write(config, name, teachers, target, prefix="", learn_shots=True)
 
 
-def _fresh(config: Config, name: str, teacher: str, fresh_sets: list[str]) -> list[Stage]:
+def _fresh(config: Config, name: str, teachers: Teachers, fresh_sets: list[str]) -> list[Stage]:
     """What the teacher writes to prompts that every teacher is shown and nothing is trained on, to judge it by."""
     if not config.evaluate.fresh:
         return []
     fresh_sets.append(f"{name}/fresh_set")
     return [
-        *_write(config, name, teacher, config.evaluate.fresh, prefix="fresh_", learn_shots=False),
+        *_write(config, name, teachers, config.evaluate.fresh, prefix="fresh_", learn_shots=False),
         Stage(
             name=f"{name}/fresh_set", output=f"{name}/fresh_set", body=split.make_fresh_set, schema=columns.EXAMPLES,
             inputs=(f"{name}/fresh_responses",), settings=("evaluate.fresh", "synthesize.drop_truncated"),
@@ -84,55 +108,77 @@ def _fresh(config: Config, name: str, teacher: str, fresh_sets: list[str]) -> li
     ]  # fmt: skip
 
 
-def _write(config: Config, name: str, teacher: str, target: int, *, prefix: str, learn_shots: bool) -> list[Stage]:
+def _write(
+    config: Config, name: str, teachers: Teachers, target: int, *, prefix: str, learn_shots: bool
+) -> list[Stage]:
     instructions, responses = f"{name}/{prefix}instructions", f"{name}/{prefix}responses"
     stream = prefix or name  # fresh prompts are the same for every teacher
     sample = partial(
         synthesize.synthesize_instructions, name=f"{name}-{prefix}".replace("_-", "-").rstrip("-_"), stream=stream,
         target=target, learn_shots=learn_shots,
     )  # fmt: skip
-    sizes = ("training_set",) if name == "final" else ("split.warmup", "split.probing")
-    sizes = ("evaluate.fresh",) if prefix else sizes  # another target is other work: rounds follow from it
+    # Another target is other work: rounds follow from it.
+    sizes: tuple[str, ...] = ("split.warmup", "split.probing")
+    if prefix or name == "final":
+        sizes = ("evaluate.fresh",) if prefix else ("training_set", "training_select")
     return [
         Stage(
-            name=instructions, output=instructions, body=sample, schema=columns.INSTRUCTIONS, teacher=teacher,
-            inputs=(SEEDS, teacher), settings=("seed", "synthesize", "pool.dtype", *sizes), rows=target,
+            name=instructions, output=instructions, body=sample, schema=columns.INSTRUCTIONS, teacher=teachers.writer,
+            inputs=(SEEDS, teachers.writer), settings=("seed", "synthesize", "pool.dtype", *sizes), rows=target,
         ),
         Stage(
             name=responses, output=responses, body=synthesize.synthesize_responses, schema=columns.RESPONSES,
-            teacher=teacher, inputs=(instructions, teacher), rows=target,
+            teacher=teachers.answerer, inputs=(instructions, teachers.answerer), rows=target,
             settings=("seed", "synthesize.responses", "pool.dtype"),
         ),
     ]  # fmt: skip
 
 
-def _tune(config: Config, name: str, teacher: str) -> list[Stage]:
-    """2 to 5. Warm the student up, score influence, pair, tune the teacher."""
-    responses, instructions = f"{name}/responses", f"{name}/instructions"
-    warmup_set, probing_set = f"{name}/warmup_set", f"{name}/probing_set"
-    warmed, influence, pairs = f"{name}/warmed_student", f"{name}/influence", f"{name}/pairs"
-    sizes = ("split", "synthesize.drop_truncated")
+def _warm_up(config: Config, name: str) -> list[Stage]:
+    """2. Warm the student up on some of the examples."""
+    warmup_set, warmed = f"{name}/warmup_set", f"{name}/warmed_student"
     return [
         Stage(
-            name=f"{name}/warmup_set", output=warmup_set, body=split.make_warmup_set, schema=columns.EXAMPLES,
-            inputs=(responses,), settings=sizes, rows=config.split.warmup,
-        ),
-        Stage(
-            name=f"{name}/probing_set", output=probing_set, body=split.make_probing_set, schema=columns.EXAMPLES,
-            inputs=(responses,), settings=sizes, rows=config.split.probing,
+            name=warmup_set, output=warmup_set, body=split.make_warmup_set, schema=columns.EXAMPLES,
+            inputs=(f"{name}/responses",), settings=SPLIT_KEYS, rows=config.split.warmup,
         ),
         Stage(
             name=f"{name}/warm_up", output=warmed, body=train.warm_up, inputs=(STUDENT, warmup_set),
             settings=("seed", "warm_up", *STUDENT_KEYS), bundles=training_bundles(config.warm_up),
         ),
+    ]  # fmt: skip
+
+
+def _tune(config: Config, name: str, teacher: str) -> list[Stage]:
+    """3 to 5. Score the influence of the others, pair them, tune the teacher."""
+    probing_set, candidates, influence = f"{name}/probing_set", f"{name}/candidates", f"{name}/influence"
+    pairs, instructions = f"{name}/pairs", f"{name}/instructions"
+    stages = [
+        Stage(
+            name=probing_set, output=probing_set, body=split.make_probing_set, schema=columns.EXAMPLES,
+            inputs=(f"{name}/responses",), settings=SPLIT_KEYS, rows=config.split.probing,
+        ),
+    ]  # fmt: skip
+    probed, samples = probing_set, instructions
+    if config.tune_teacher.tunes == "response":
+        probed = samples = candidates
+        stages.append(
+            Stage(
+                name=candidates, output=candidates, body=synthesize.synthesize_candidates, schema=columns.CANDIDATES,
+                inputs=(probing_set, teacher), teacher=teacher, rows=config.split.probing,
+                settings=("seed", "synthesize.responses", "pool.dtype", "tune_teacher.candidates", "split.probing"),
+            )
+        )  # fmt: skip
+    return [
+        *stages,
         Stage(
             name=f"{name}/score", output=influence, body=score.score_probing_set, schema=columns.INFLUENCE,
-            inputs=(warmed, REFERENCE, probing_set), settings=("score", *STUDENT_KEYS),
+            inputs=(f"{name}/warmed_student", REFERENCE, probed), settings=("score", *STUDENT_KEYS),
             bundles=score_bundles(config), rows=config.split.probing,
         ),
         Stage(
             name=f"{name}/pair", output=pairs, body=pair.pair, schema=columns.PAIRS,
-            inputs=(influence, instructions), settings=("pair",),
+            inputs=(influence, samples), settings=("pair", "seed"),
         ),
         Stage(
             name=f"{name}/tune_teacher", output=f"{name}/teacher", body=tune_teacher.tune_teacher,
@@ -142,14 +188,25 @@ def _tune(config: Config, name: str, teacher: str) -> list[Stage]:
     ]  # fmt: skip
 
 
-def _train_and_evaluate(config: Config, fresh_sets: list[str]) -> list[Stage]:
-    """6. Train the original student on what the last teacher wrote, and measure."""
-    students = (STUDENT, FIRST_WARMED, "final/student")
-    stages = [
+def _train(config: Config) -> list[Stage]:
+    """6. Train the original student on what the last teacher wrote."""
+    selection: tuple[str, ...] = ()
+    stages = []
+    if config.training_select == "most_helpful":
+        selection = ("final/influence",)
+        stages.append(
+            Stage(
+                name="final/score", output="final/influence", body=score.score, schema=columns.INFLUENCE,
+                inputs=(FIRST_WARMED, REFERENCE, "final/responses"), settings=("score", *STUDENT_KEYS),
+                bundles=score_bundles(config), rows=config.training_set * config.synthesize.n,
+            )
+        )  # fmt: skip
+    return [
+        *stages,
         Stage(
             name="final/training_set", output="final/training_set", body=split.make_training_set,
-            schema=columns.EXAMPLES, inputs=("final/responses",),
-            settings=("training_set", "synthesize.drop_truncated"), rows=config.training_set,
+            schema=columns.EXAMPLES, inputs=("final/responses", *selection),
+            settings=("training_set", "training_tokens", "synthesize.drop_truncated"), rows=config.training_set,
         ),
         Stage(
             name="final/train_student", output="final/student", body=train.train_student,
@@ -157,6 +214,11 @@ def _train_and_evaluate(config: Config, fresh_sets: list[str]) -> list[Stage]:
             bundles=training_bundles(config.train_student),
         ),
     ]  # fmt: skip
+
+
+def _evaluate(config: Config, fresh_sets: list[str]) -> list[Stage]:
+    """7. Measure: losses of all students, influence of what each teacher writes afresh."""
+    stages = []
     fresh_influence: tuple[str, ...] = ()
     if fresh_sets:
         fresh_influence = ("final/fresh_influence",)
@@ -171,8 +233,8 @@ def _train_and_evaluate(config: Config, fresh_sets: list[str]) -> list[Stage]:
     stages.append(
         Stage(
             name="final/evaluate", output="final/evaluation", body=evaluate.evaluate, schema=columns.LOSSES,
-            inputs=(REFERENCE, HELD_OUT, *students, *fresh_influence), settings=STUDENT_KEYS,
-            bundles=(config.score.worker.bundle,),
+            inputs=(REFERENCE, HELD_OUT, STUDENT, FIRST_WARMED, "final/student", *fresh_influence),
+            settings=STUDENT_KEYS, bundles=(config.score.worker.bundle,),
         )
     )  # fmt: skip
     return stages
@@ -235,6 +297,8 @@ def run_loop(config: Config, *, kinds: Sequence[str] = (), iteration: int | None
     Raises:
         UserError: something given does not fit; said before anything expensive starts wherever it can be known.
     """
+    if config.compare is not None:
+        raise ConfigError("the config compares arms (section `compare`): run it with `montessori compare`")
     stages = stages_of(config)
     return run_stages(config, stages, select(stages, kinds, iteration) if kinds else stages)
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import product
+from statistics import fmean
 from typing import Any, Literal
 
 from montessori_ray.errors import DataError
@@ -97,6 +98,54 @@ def build_pairs(
         pairs = _widest(pairs, max_pairs)
     pairs.sort(key=lambda pair: (pair["prompt_id"], pair["chosen_id"], pair["rejected_id"]))
     return PairResult(pairs, len(by_prompt), dict(unpaired))
+
+
+Signal = Literal["influence", "training_loss", "llm_judge", "random", "shuffled_labels"]
+"""What makes an output preferred; `config.Pair.signal` says what each means."""
+
+
+def by_signal(rows: Iterable[Row], signal: Signal, seed: int) -> list[Row]:
+    """The outputs with `influence` set to what `signal` prefers, below zero is chosen; no standard error is known.
+
+    Args:
+        rows: scored outputs; `training_loss` needs `example_loss`, `llm_judge` a `grade` (higher is better).
+        signal: `influence` and `shuffled_labels` leave the rows as they are.
+        seed: draws `random`.
+    """
+    outputs = list(rows)
+    if signal in ("influence", "shuffled_labels"):
+        return outputs
+    if signal == "random":
+        values = [_chance(seed, output["example_id"]) - 0.5 for output in outputs]
+    else:
+        column = "example_loss" if signal == "training_loss" else "grade"
+        values = _below_siblings(outputs, column)
+    return [{**output, "influence": value, "influence_se": None} for output, value in zip(outputs, values, strict=True)]
+
+
+def _below_siblings(outputs: Sequence[Row], column: str) -> list[float]:
+    """How far each output's value lies below the mean of its few-shot prompt's."""
+    siblings: dict[str, list[float]] = {}
+    for output in outputs:
+        siblings.setdefault(output["prompt_id"], []).append(output[column])
+    return [fmean(siblings[output["prompt_id"]]) - output[column] for output in outputs]
+
+
+def exchange_labels(pairs: Sequence[Pair], seed: int) -> list[Pair]:
+    """The same pairs with chosen and rejected exchanged in each with a chance of one half: a control without signal."""
+
+    def exchanged(pair: Pair) -> Pair:
+        if _chance(seed, f"{pair['chosen_id']}/{pair['rejected_id']}") < 0.5:
+            return pair
+        columns = [(f"chosen{what}", f"rejected{what}") for what in ("", "_id", "_influence")]
+        return {**pair, **{one: pair[other] for names in columns for one, other in (names, names[::-1])}}
+
+    return [exchanged(pair) for pair in pairs]
+
+
+def _chance(seed: int, key: str) -> float:
+    """A number in [0, 1) that depends on its arguments alone."""
+    return int.from_bytes(hashlib.sha256(f"chance/{seed}/{key}".encode()).digest()[:6], "big") / 2**48
 
 
 def one_sign(rows: Iterable[Row]) -> Sign | None:

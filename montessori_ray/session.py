@@ -94,7 +94,7 @@ class Session:
             return
         client = self._host(stage)
         context = StageContext(
-            stage=stage, config=self.config, run=self.run, note=self.note, client=client,
+            stage=stage, config=stage.config or self.config, run=self.run, note=self.note, client=client,
             progress=ProgressChannel(stage.name, self._board),
         )  # fmt: skip
         artifact.begin(identity_of(stage, self.config, self.run))

@@ -17,7 +17,7 @@ from montessori_ray.session import Session
 from montessori_ray.stages.base import Stage, identity_of
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-SHIPPED = sorted(CONFIGS.glob("*.yaml"))
+SHIPPED = sorted(set(CONFIGS.glob("*.yaml")) - set(CONFIGS.glob("benchmarks_*.yaml")))
 
 
 def quickstart(*overrides: str) -> Config:
@@ -44,7 +44,7 @@ def run(tmp_path: Path) -> Run:
 # -- the list -------------------------------------------------------------------------------------------------------
 
 INPUTS = ["inputs/seeds", "inputs/reference", "inputs/held_out", "inputs/teacher", "inputs/student"]
-ITERATION = ["instructions", "responses", "warmup_set", "probing_set", "warm_up", "score", "pair", "tune_teacher"]
+ITERATION = ["instructions", "responses", "warmup_set", "warm_up", "probing_set", "score", "pair", "tune_teacher"]
 FINAL = ["instructions", "responses", "training_set", "train_student", "evaluate"]
 FRESH = ["fresh_instructions", "fresh_responses", "fresh_set"]
 

@@ -18,6 +18,8 @@ from montessori_ray.preferences import (
     Sign,
     Unpaired,
     build_pairs,
+    by_signal,
+    exchange_labels,
     one_sign,
     split_by_prompt,
 )
@@ -227,3 +229,51 @@ def test_split_depends_on_the_seed_and_takes_its_share() -> None:
     held = [{pair["prompt_id"] for pair in split_by_prompt(pairs, 0.1, seed)[1]} for seed in (0, 1)]
     assert [len(prompts) for prompts in held] == [10, 10]
     assert held[0] != held[1]
+
+
+# -- other signals than influence -----------------------------------------------------------------------------------
+
+
+def told(losses: dict[str, list[float]], column: str) -> list[Row]:
+    """Outputs that all help equally, with another value."""
+    return [
+        {**output(prompt, number, -1.0), column: value}
+        for prompt, values in losses.items()
+        for number, value in enumerate(values)
+    ]
+
+
+@pytest.mark.parametrize(("signal", "column"), [("training_loss", "example_loss"), ("llm_judge", "grade")])
+def test_values_above_the_siblings_mean_are_chosen(signal: Any, column: str) -> None:
+    rows = by_signal(told({"a": [1.0, 2.0, 6.0], "b": [5.0, 5.0]}, column), signal, seed=0)
+    assert ids(all_pairs(rows)) == [("a-2", "a-0"), ("a-2", "a-1")]
+    assert [row["influence"] for row in rows] == [2.0, 1.0, -3.0, 0.0, 0.0]
+
+
+def test_influence_itself_is_left_as_it_is() -> None:
+    assert by_signal(TABLE, "influence", seed=0) == by_signal(TABLE, "shuffled_labels", seed=1) == TABLE
+
+
+def test_chance_depends_on_the_seed_alone_and_prefers_half() -> None:
+    rows = [output(f"p{prompt}", number, -1.0) for prompt in range(300) for number in range(4)]
+    drawn = {row["example_id"]: row["influence"] for row in by_signal(rows, "random", seed=1)}
+    assert drawn == {row["example_id"]: row["influence"] for row in by_signal(rows[::-1], "random", seed=1)}
+    assert drawn != {row["example_id"]: row["influence"] for row in by_signal(rows, "random", seed=2)}
+    assert abs(sum(value < 0 for value in drawn.values()) - 600) < 4 * math.sqrt(1200) / 2
+
+
+def test_exchanged_labels_are_the_same_texts_half_of_them_the_other_way_round() -> None:
+    rows = [output(f"p{prompt}", number, (-1) ** number * 0.5) for prompt in range(200) for number in range(4)]
+    pairs = all_pairs(rows).pairs
+    exchanged = exchange_labels(pairs, seed=0)
+    assert [{pair["chosen"], pair["rejected"]} for pair in exchanged] == [
+        {pair["chosen"], pair["rejected"]} for pair in pairs
+    ]
+    text_of = {row["example_id"]: row["raw_output"] for row in rows}
+    influence_of = {row["example_id"]: row["influence"] for row in rows}
+    for pair in exchanged:
+        for side in ("chosen", "rejected"):
+            assert pair[side] == text_of[pair[f"{side}_id"]]
+            assert pair[f"{side}_influence"] == influence_of[pair[f"{side}_id"]]
+    harmful = sum(pair["chosen_influence"] > 0 for pair in exchanged)
+    assert abs(harmful - len(pairs) / 2) < 4 * math.sqrt(len(pairs)) / 2

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from montessori_ray.stages.split import split_examples, usable
+from montessori_ray.stages.split import most_helpful, split_examples, usable, within_tokens
 
 Row = dict[str, Any]
 
@@ -101,3 +101,17 @@ ANSWERS: list[Row] = [
 @pytest.mark.parametrize(("drop_truncated", "kept"), [(False, ["whole", "cut"]), (True, ["whole"])])
 def test_usable_rows_have_a_response(drop_truncated: bool, kept: list[str]) -> None:
     assert [row["example_id"] for row in usable(ANSWERS, drop_truncated=drop_truncated)] == kept
+
+
+def test_best_of_n_takes_the_best_of_each_prompt_before_the_second_best() -> None:
+    rows = rows_of([3, 2, 1])
+    influence = {"p0-0": -0.1, "p0-1": -0.9, "p0-2": -0.8, "p1-0": 0.3, "p1-1": 0.2}  # p2-0 has no score
+    assert [row["example_id"] for row in most_helpful(rows, influence, 2)] == ["p0-1", "p1-1"]
+    assert [row["example_id"] for row in most_helpful(rows, influence, 3)] == ["p0-1", "p0-2", "p1-1"]
+    assert len(most_helpful(rows, influence, 99)) == 5
+
+
+@pytest.mark.parametrize(("budget", "kept"), [(None, 4), (100, 4), (60, 3), (59, 2), (9, 0)])
+def test_a_token_budget_ends_the_training_set(budget: int | None, kept: int) -> None:
+    rows = [{"num_tokens": count} for count in (10, 20, 30, 40)]
+    assert list(within_tokens(rows, budget)) == rows[:kept]

@@ -122,7 +122,7 @@ class Estimator:
             return self._quarantined(example, "no response token within student.max_length")
         start = time.perf_counter()
         try:
-            self._student.step(example.encoded)
+            loss = self._student.step(example.encoded)
             stepped = time.perf_counter()
             measured = self._measure()
             evaluated = time.perf_counter()
@@ -138,6 +138,7 @@ class Estimator:
             influence=measured.influence,
             influence_se=measured.influence_se,
             estimator=self.name,
+            example_loss=loss,
             step_seconds=stepped - start,
             evaluate_seconds=evaluated - stepped,
             restore_seconds=time.perf_counter() - restoring,

@@ -20,6 +20,8 @@ class Score:
     influence_se: float | None = None
     """Standard error of the influence over the reference examples; None where the estimator does not know it."""
     estimator: str | None = None
+    example_loss: float | None = None
+    """Loss of the warmed student on the example itself."""
     step_seconds: float | None = None
     restore_seconds: float | None = None
     evaluate_seconds: float | None = None

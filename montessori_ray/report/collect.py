@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from montessori_ray.config import Config
-from montessori_ray.report import costs, learning, results, scores
+from montessori_ray.report import arms, costs, learning, results, scores
 from montessori_ray.report.source import Source
 from montessori_ray.report.words import count, listed
 
@@ -36,6 +36,8 @@ class Report:
     """What came out, in sentences."""
     stages_done: int
     stages_todo: list[str]
+    arms: arms.Arms | None
+    """The arms of a comparison."""
     losses: list[results.Loss]
     categories: list[results.Category]
     fresh: list[results.Fresh]
@@ -56,6 +58,7 @@ class Report:
 
 def collect(source: Source) -> Report:
     """Read a run as far as it got."""
+    compared = arms.arms(source)
     versions: dict[str, list[str]] = {}
     for manifest in source.manifests.values():
         for library, version in manifest.versions.items():
@@ -65,9 +68,10 @@ def collect(source: Source) -> Report:
         run=source.run.root,
         scores_files=not isinstance(source.config, Config),
         what=_what(source),
-        sentences=results.sentences(source),
+        sentences=[*arms.sentences(compared), *results.sentences(source)],
         stages_done=len(source.manifests),
         stages_todo=source.todo,
+        arms=compared,
         losses=results.losses(source),
         categories=results.categories(source),
         fresh=results.fresh(source),

@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 from markupsafe import Markup
 
-from montessori_ray.report import page_results, page_scores, page_work
+from montessori_ray.report import arms, page_results, page_scores, page_work
 from montessori_ray.report.collect import Report
 from montessori_ray.report.html import Section, Tile, join, page, paragraph, tiles
 from montessori_ray.report.words import count, duration, listed, number, percent
 
 SECTIONS: tuple[tuple[str, Callable[[Report], Markup | None]], ...] = (
+    ("Arms", lambda report: arms.section(report.arms)),
     ("Student", page_results.student),
     ("Teacher", page_results.teacher),
     ("Influence", page_scores.influence),
@@ -34,7 +35,7 @@ def run_page(report: Report) -> str:
         body = make(report)
         if body:
             found.append(Section(title.lower().replace(" ", "-"), title, body))
-        else:
+        elif title != "Arms" or report.config.get("compare"):
             missing.append(title.lower())
     if missing and report.stages_todo:
         sentence = f"Not in this report, since the run has not made it yet: {listed(missing)}."

@@ -46,6 +46,8 @@ class Stage:
     """Ray resource requests it holds at once, besides the pool."""
     rows: int | None = None
     """Rows it is planned to make, where the settings say so."""
+    config: Config | None = None
+    """Settings of its own, where it belongs to an arm of a comparison."""
 
     @property
     def kind(self) -> str:
@@ -105,7 +107,8 @@ def identity_of(stage: Stage, config: Section, run: Run) -> Identity:
         RunError: an input does not exist.
     """
     inputs = {name: run.artifact(name).require().digest for name in stage.inputs}
-    return Identity(stage=stage.name, settings=content_settings(config, stage.settings), inputs=inputs)
+    settings = content_settings(stage.config or config, stage.settings)
+    return Identity(stage=stage.name, settings=settings, inputs=inputs)
 
 
 def bundles_of(stage: Stage, config: AnySettings) -> list[dict[str, float]]:

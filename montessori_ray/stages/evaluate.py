@@ -18,14 +18,25 @@ def evaluate(context: StageContext) -> dict[str, Any]:
 
     Inputs: reference, held-out, original student, warmed student, trained student, and the fresh influence if any.
     """
+    losses = losses_of_students(context, {"original": 2, "warmed": 3, "trained": 4})
+    details: dict[str, Any] = {"losses": _loss_summary(losses)}
+    if len(context.stage.inputs) > 5:
+        details["fresh"] = _fresh_summary(context)
+    return details
+
+
+def losses_of_students(context: StageContext, students: dict[str, int]) -> dict[str, dict[str, list[float]]]:
+    """Commit (schema LOSSES) and return the loss of every row: student -> set -> losses in the order of the rows.
+
+    The first two inputs are the reference and held-out rows; `students` says which input is which student.
+    """
     context.output.discard_parts()
-    students = dict(zip(("original", "warmed", "trained"), context.stage.inputs[2:5], strict=True))
     sets = {name: list(context.input(position).rows()) for position, name in enumerate(SETS)}
     losses: dict[str, dict[str, list[float]]] = {}
-    measured = [_start_measuring(context, 2 + number, sets) for number in range(len(students))]
+    measured = {student: _start_measuring(context, position, sets) for student, position in students.items()}
     for number, student in enumerate(students):
         context.progress.update(number, len(students), unit="students")
-        values = ray.get(measured[number])
+        values = ray.get(measured[student])
         first = len(sets[SETS[0]])
         losses[student] = {SETS[0]: values[:first], SETS[1]: values[first:]}
         for name, rows in sets.items():
@@ -40,10 +51,7 @@ def evaluate(context: StageContext) -> dict[str, Any]:
                 for row, loss in zip(rows, losses[student][name], strict=True)
             )
     context.progress.update(len(students), len(students), unit="students")
-    details: dict[str, Any] = {"losses": _loss_summary(losses)}
-    if len(context.stage.inputs) > 5:
-        details["fresh"] = _fresh_summary(context)
-    return details
+    return losses
 
 
 def _start_measuring(context: StageContext, position: int, sets: dict[str, list[dict[str, Any]]]) -> Any:

@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from montessori_ray.preferences import build_pairs
+from montessori_ray.preferences import build_pairs, by_signal, exchange_labels
 from montessori_ray.stages.base import StageContext
 
 
 def pair(context: StageContext) -> dict[str, Any]:
-    """Pairs among the scored examples of each few-shot prompt; inputs are the influence and the instructions."""
-    settings = context.config.pair
+    """Pairs among the scored examples of each few-shot prompt; inputs are the influence and the sampled outputs."""
+    settings, seed = context.config.pair, context.config.seed
     recheck = context.input(0).require().details["recheck"] or {"noise": 0.0}
-    noise = recheck["noise"] if settings.below_noise == "drop" else 0.0
+    by_influence = settings.signal in ("influence", "shuffled_labels")
+    noise = recheck["noise"] if settings.below_noise == "drop" and by_influence else 0.0
+    rows = by_signal(_scored_samples(context), settings.signal, seed)
     result = build_pairs(
-        _scored_samples(context), rule=settings.rule, margin_se=settings.margin_se, max_pairs=settings.max_pairs,
-        noise=noise,
-    )  # fmt: skip
+        rows, rule=settings.rule, margin_se=settings.margin_se, max_pairs=settings.max_pairs, noise=noise
+    )
+    pairs = exchange_labels(result.pairs, seed) if settings.signal == "shuffled_labels" else result.pairs
     context.output.discard_parts()
-    context.append(result.pairs)
+    context.append(pairs)
     return {"prompts": result.prompts, "prompts_without_pair": dict(result.prompts_without_pair), "noise": noise}
 
 
@@ -27,7 +29,7 @@ def _scored_samples(context: StageContext) -> Iterator[dict[str, Any]]:
     """Every scored example with the prompt and the raw output it was sampled as."""
     scores = {
         row["example_id"]: row
-        for row in context.input(0).rows(["example_id", "influence", "influence_se"])
+        for row in context.input(0).rows(["example_id", "influence", "influence_se", "example_loss"])
         if row["influence"] is not None
     }
     for row in context.input(1).rows(["example_id", "prompt_id", "prompt", "raw_output"]):

@@ -46,6 +46,18 @@ EXAMPLES = pa.schema(
     ]
 )
 
+CANDIDATES = pa.schema(
+    [
+        ("example_id", pa.string()),
+        ("prompt_id", pa.string()),  # the probed example whose instruction is answered
+        ("prompt", pa.string()),
+        ("raw_output", pa.string()),
+        ("instruction", pa.string()),
+        ("response", pa.string()),
+    ]
+)
+"""Several responses to one instruction: siblings as instructions of one few-shot prompt are."""
+
 INFLUENCE = pa.schema(
     [
         ("example_id", pa.string()),
@@ -55,6 +67,7 @@ INFLUENCE = pa.schema(
         ("influence", pa.float64()),
         ("influence_se", pa.float64()),
         ("estimator", pa.string()),
+        ("example_loss", pa.float64()),  # of the warmed student on the example itself
         ("step_seconds", pa.float64()),
         ("restore_seconds", pa.float64()),
         ("evaluate_seconds", pa.float64()),
@@ -85,5 +98,21 @@ LOSSES = pa.schema(
         ("example_id", pa.string()),
         ("category", pa.string()),
         ("loss", pa.float64()),
+    ]
+)
+
+COMPARISON = pa.schema(
+    [
+        ("arm", pa.string()),
+        ("measure", pa.string()),  # held_out_loss, reference_loss, fresh_influence
+        ("models", pa.int32()),  # students, or teachers, that were measured
+        ("value", pa.float64()),
+        ("value_se", pa.float64()),  # over rows or examples
+        ("difference", pa.float64()),  # from the arm that all are compared with; null in its own rows
+        ("low", pa.float64()),  # 95 % interval of the difference
+        ("high", pa.float64()),
+        ("difference_se", pa.float64()),
+        ("share_helpful", pa.float64()),  # of fresh examples
+        ("sentence", pa.string()),
     ]
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby, islice
 from typing import Any
 
@@ -50,9 +51,45 @@ def make_probing_set(context: StageContext) -> dict[str, Any]:
 
 
 def make_training_set(context: StageContext) -> dict[str, Any]:
-    """The examples the student is trained on at the end."""
-    rows = usable(context.input(0).rows(), drop_truncated=context.config.synthesize.drop_truncated)
-    return _append(context, islice(rows, context.config.training_set), context.config.training_set)
+    """The examples the student is trained on at the end; inputs are the responses and, to select by it, influence."""
+    config = context.config
+    rows: Iterable[Row] = usable(context.input(0).rows(), drop_truncated=config.synthesize.drop_truncated)
+    if len(context.stage.inputs) > 1:
+        scores = context.input(1).rows(["example_id", "influence"])
+        influence = {row["example_id"]: row["influence"] for row in scores if row["influence"] is not None}
+        rows = most_helpful(rows, influence, config.training_set)
+    chosen = list(within_tokens(islice(rows, config.training_set), config.training_tokens))
+    details = _append(context, chosen, config.training_set if config.training_tokens is None else 0)
+    tokens = sum(row["num_tokens"] for row in chosen)
+    if config.training_tokens and tokens < 0.95 * config.training_tokens:
+        context.note(
+            f"{context.stage.output} has {tokens} of the {config.training_tokens} response tokens asked for: raise "
+            "training_set, or lower training_tokens"
+        )
+    return details | {"tokens": tokens}
+
+
+def most_helpful(rows: Iterable[Row], influence: Mapping[str, float], count: int) -> list[Row]:
+    """Best of n: the most helpful example of each few-shot prompt, then the second best ones, up to `count`; in the
+    order of `rows`."""
+    scored = [row for row in rows if row["example_id"] in influence]
+    siblings: Counter[str] = Counter()
+    ranked: list[tuple[int, float, str]] = []
+    for row in sorted(scored, key=lambda row: influence[row["example_id"]]):
+        ranked.append((siblings[row["prompt_id"]], influence[row["example_id"]], row["example_id"]))
+        siblings[row["prompt_id"]] += 1
+    chosen = {example_id for _, _, example_id in sorted(ranked)[:count]}
+    return [row for row in scored if row["example_id"] in chosen]
+
+
+def within_tokens(rows: Iterable[Row], budget: int | None) -> Iterator[Row]:
+    """The first rows whose response tokens together stay within a budget; all where there is none."""
+    spent = 0
+    for row in rows:
+        spent += row["num_tokens"]
+        if budget is not None and spent > budget:
+            return
+        yield row
 
 
 def make_fresh_set(context: StageContext) -> dict[str, Any]:

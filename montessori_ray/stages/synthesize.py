@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import fsspec
@@ -151,6 +151,50 @@ def _answer_part(
         }
         progress.advance()
     return pa.Table.from_pylist(rows, schema=RESPONSES)
+
+
+def synthesize_candidates(context: StageContext) -> dict[str, Any]:
+    """Several responses to each of the first probed instructions, so that responses can be compared (paper, ablations).
+
+    Inputs: the probing set and the teacher that answers. As many instructions are answered as give about the probing
+    set's number of examples; every few instructions are committed, in order.
+    """
+    from transformers import AutoTokenizer  # late: see stages/__init__.py
+
+    config = context.config
+    sampling, count = config.synthesize.responses, config.tune_teacher.candidates
+    wanted = math.ceil(config.split.probing / count)
+    probed = list(islice(context.input(0).rows(["example_id", "instruction"]), wanted))
+    tokenizer = AutoTokenizer.from_pretrained(context.model(1))
+    todo = probed[len(set(context.output.column("prompt_id"))) :]
+    texts: Any = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["instruction"]}], tokenize=False, add_generation_prompt=True
+        )
+        for row in todo
+    ]
+    requests = [
+        _request(text, sampling, count, _seed_of(row["example_id"], config.seed), ())
+        for row, text in zip(todo, texts, strict=True)
+    ]
+    uncommitted: list[dict[str, Any]] = []
+    for number, samples in context.pool.generate_all(requests, concurrency=_concurrency(context, count)):
+        uncommitted += [
+            {
+                "example_id": f"{todo[number]['example_id']}-r{position}",
+                "prompt_id": todo[number]["example_id"],
+                "prompt": texts[number],
+                "raw_output": sample.text,
+                "instruction": todo[number]["instruction"],
+                "response": sample.text.strip(),
+            }
+            for position, sample in enumerate(samples)
+        ]
+        if len(uncommitted) >= config.synthesize.commit_prompts * count or number == len(todo) - 1:
+            context.append(uncommitted)
+            uncommitted = []
+        context.progress.update(len(probed) - len(todo) + number + 1, len(probed), unit="instructions")
+    return {"instructions": len(probed)}
 
 
 def _seed_of(example_id: str, seed: int) -> int:

@@ -22,10 +22,11 @@ def _fine_tune(context: StageContext[AnySettings], training: Training, *, keep_o
     from montessori_ray.training.sft import fine_tune  # late: see stages/__init__.py
 
     student = context.config.student
+    seed = training.seed if training.seed is not None else context.config.seed
     with context.output.model_writer() as folder:
         return fine_tune(
             model=context.model(0), rows=context.input(1).part_paths(), output=str(folder), training=training,
-            chat_template=student.chat_template, max_length=student.max_length, seed=context.config.seed,
+            chat_template=student.chat_template, max_length=student.max_length, seed=seed,
             keep_optimizer=keep_optimizer, name=context.train_name, storage=context.run.train_storage(),
             progress=context.progress,
         )  # fmt: skip

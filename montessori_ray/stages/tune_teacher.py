@@ -11,10 +11,12 @@ def tune_teacher(context: StageContext) -> dict[str, Any]:
     """The tuned teacher, a directory vLLM loads; inputs are the teacher that wrote the pairs, and the pairs."""
     from montessori_ray.training.dpo import tune_teacher as tune  # late: see stages/__init__.py
 
+    settings = context.config.tune_teacher
+    # A response may have been cut, and a prefilled instruction ends with a stop text that is part of it.
+    append_eos = settings.tunes == "instruction" and context.config.synthesize.prompt_style == "paper"
     with context.output.model_writer() as folder:
         return tune(
-            model=context.model(0), pairs=context.input(1).part_paths(), output=str(folder),
-            settings=context.config.tune_teacher, seed=context.config.seed, name=context.train_name,
-            storage=context.run.train_storage(), progress=context.progress,
-            append_eos=context.config.synthesize.prompt_style == "paper",
+            model=context.model(0), pairs=context.input(1).part_paths(), output=str(folder), settings=settings,
+            seed=settings.seed if settings.seed is not None else context.config.seed, name=context.train_name,
+            storage=context.run.train_storage(), progress=context.progress, append_eos=append_eos,
         )  # fmt: skip

@@ -13,14 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-import threading
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from ray import serve
@@ -29,6 +25,7 @@ from ray.serve.exceptions import DeploymentUnavailableError, RayServeException, 
 from ray.serve.handle import DeploymentHandle
 
 from montessori_ray.errors import ResourceError, UserError
+from montessori_ray.in_order import in_order
 
 _REPLICA_LOST = (RayActorError, NodeDiedError, ObjectLostError, OutOfMemoryError, ReplicaUnavailableError)
 """What a caller sees when the process, the memory or the node of the replica that had its request is gone."""
@@ -38,9 +35,6 @@ _FIRST_WAIT_S = 0.5
 
 _STATUS_PERIOD_S = 5.0
 """Seconds between two looks at the pool's health while an answer is awaited."""
-
-_LOOKAHEAD = 4
-"""`generate_all` goes on with up to this many times `concurrency` requests while the next one in order is slow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,28 +113,13 @@ class PoolClient:
     ) -> Iterator[tuple[int, list[Sample]]]:
         """Yield `(index, samples)` of all requests in their order, each as soon as it is its turn.
 
-        At most `concurrency` requests are under way at once, and requests are read from the iterable at most
-        `4 * concurrency` ahead of the last result yielded, so memory stays bounded. When a request fails, the results
-        before it are yielded first. Ending the iteration early cancels what is under way.
+        At most `concurrency` requests are under way at once; `in_order` says what is read ahead, and what happens when
+        a request fails or the iteration ends early.
 
         Raises what `generate` raises.
         """
-        slots = asyncio.Semaphore(concurrency)
-
-        async def in_a_slot(request: GenerationRequest) -> list[Sample]:
-            async with slots:
-                return await self.generate(request)
-
-        with _event_loop() as loop:
-            numbered = enumerate(requests)
-            window: deque[tuple[int, Future[list[Sample]]]] = deque()
-            while True:
-                for index, request in islice(numbered, _LOOKAHEAD * concurrency - len(window)):
-                    window.append((index, asyncio.run_coroutine_threadsafe(in_a_slot(request), loop)))
-                if not window:
-                    return
-                index, future = window.popleft()
-                yield index, future.result()
+        with closing(in_order(self.generate, requests, concurrency=concurrency)) as results:
+            yield from enumerate(results)
 
     async def _send(self, request: GenerationRequest) -> list[Sample]:
         """One attempt. Serve's router waits for a replica without limit, so this looks after the pool's health."""
@@ -230,25 +209,3 @@ async def _await(response: Any) -> Any:
 
 def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
-@contextmanager
-def _event_loop() -> Iterator[asyncio.AbstractEventLoop]:
-    """An event loop in a thread of its own; what still runs in it at the end is cancelled."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, name="pool-client", daemon=True)
-    thread.start()
-    try:
-        yield loop
-    finally:
-        asyncio.run_coroutine_threadsafe(_cancel_others(), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
-
-
-async def _cancel_others() -> None:
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)

@@ -78,6 +78,10 @@ class Console:
         if result is not None:
             for table in result_tables(result.details):
                 self.rich.print(table)
+        comparison = run.artifact("compare/result").manifest()
+        if comparison is not None:
+            for part in comparison_tables(comparison.details):
+                self.rich.print(part)
         self.rich.print(Text(f"run: {run.root}"))
         if report is not None:
             self.rich.print(Text(f"report: {report}"))
@@ -158,6 +162,56 @@ def result_tables(details: dict[str, Any]) -> list[Table]:
             )
         tables.append(fresh)
     return tables
+
+
+def comparison_tables(details: dict[str, Any]) -> list[Table | Text]:
+    """Each arm's students and teachers, and how they differ from the arm all are compared with; intervals of 95 %."""
+    against = details["against"]
+    titles = {
+        "held_out_loss": "Held-out loss of the students (lower is better)",
+        "fresh_influence": "Influence of fresh instructions (negative helps)",
+    }
+    parts: list[Table | Text] = []
+    for measure, title in titles.items():
+        table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+        table.add_column("arm", no_wrap=True)
+        for name in ("models", "mean", f"less {against}", "95 % interval"):
+            table.add_column(name, justify="right", no_wrap=True)
+        digits = ".4f" if measure == "held_out_loss" else ".2e"
+        for row in details["measures"]:
+            if row["measure"] == measure:
+                cells = [row["arm"], str(row["models"]), f"{row['value']:{digits}} ± {row['value_se']:.1e}"]
+                if row["difference"] is not None:
+                    interval = f"{row['low']:+{digits}} to {row['high']:+{digits}}"
+                    cells += [f"{row['difference']:+{digits}}", interval]
+                table.add_row(*cells)
+        parts.append(table)
+    return [*parts, _data_table(details["data"])]
+
+
+def _data_table(data: dict[str, Any]) -> Table:
+    """What the teachers of each arm write, and how much its students saw."""
+    table = Table(title="Data", box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("arm", no_wrap=True)
+    for name in ("parsed", "duplicates", "self-ROUGE-L", "tokens an answer", "training rows", "training tokens"):
+        table.add_column(name, justify="right")
+    for arm, told in data.items():
+        fresh = told["fresh"]
+        table.add_row(
+            arm,
+            f"{fresh['parse_rate']:.1%}",
+            f"{fresh['duplicate_rate']:.1%}",
+            f"{fresh['instructions']['self_rouge_l']:.2f}",
+            f"{fresh['responses']['tokens']:.0f}",
+            *(say_counts(told[name]) for name in ("training_rows", "training_tokens")),
+        )
+    return table
+
+
+def say_counts(counts: Sequence[int]) -> str:
+    """`96`, or `94 to 96` where they differ."""
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 BINS = 15

@@ -1,0 +1,258 @@
+"""A comparison of arms: the loop several times in one run directory, sharing whatever does not differ.
+
+An arm is the config with a few settings changed (`compare.arms`); a *cell* is an arm with one tuning seed and one
+student seed. Every cell is the loop's own list of stages. A stage whose name, settings and inputs are those of another
+cell's stage is the same stage: warm-up, scores and the original teacher's data are made once, whatever the number of
+arms, and a second student seed adds one training. What is measured at the end, of all arms, is in `stages.compare`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from pydantic import ValidationError
+
+from montessori_ray.artifacts.run import Run
+from montessori_ray.config import Compare, Config, content_settings, describe, set_dotted
+from montessori_ray.errors import ConfigError
+from montessori_ray.loop import (
+    FIRST_WARMED,
+    HELD_OUT,
+    REFERENCE,
+    STUDENT,
+    STUDENT_KEYS,
+    run_stages,
+    score_bundles,
+    stages_of,
+)
+from montessori_ray.stages import compare, score
+from montessori_ray.stages import schemas as columns
+from montessori_ray.stages.base import Stage
+
+MEASURED_TOGETHER = ("score_fresh", "evaluate")
+"""Stages of the loop that a comparison has once, for all arms."""
+
+RESULT = "compare/result"
+
+
+SEEDED = {"tune_teacher": "tuning_{cell.tuning_seed}/", "train_student": "student_{cell.student_seed}/"}
+"""Settings with a seed, and the folder of what is made with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """An arm with one seed for tuning the teacher and one for training the student."""
+
+    arm: str
+    tuning_seed: int
+    student_seed: int
+    config: Config
+
+
+def run_comparison(config: Config) -> Run:
+    """Run every stage of every arm that is not finished, and compare; the same call continues.
+
+    Raises:
+        UserError: as `run_loop`.
+    """
+    stages = stages_of_comparison(config)
+    return run_stages(config, stages, stages)
+
+
+def all_stages(config: Config) -> list[Stage]:
+    """The stages of a comparison, where the config describes one, else those of the loop."""
+    return stages_of(config) if config.compare is None else stages_of_comparison(config)
+
+
+def stages_of_comparison(config: Config) -> list[Stage]:
+    """The stages of all arms, each once, and those that compare them; in an order that changes teachers seldom.
+
+    Raises:
+        ConfigError: the config has no arms, or an arm's settings contradict each other.
+    """
+    shared = _Shared()
+    outputs = [_outputs_of(cell, shared.place(cell)) for cell in cells_of(config)]
+    measured = _measured_together(config, outputs)
+    return [*_by_teacher(_needed(shared.stages.values(), measured)), *measured]
+
+
+def cells_of(config: Config) -> list[Cell]:
+    """All cells, those of the arm that the others are compared with first.
+
+    Raises:
+        ConfigError: as `stages_of_comparison`.
+    """
+    settings = _require_arms(config)
+    names = sorted(settings.arms, key=lambda name: name != settings.against)
+    return [
+        Cell(name, tuning_seed, student_seed, _arm_config(config, name, tuning_seed, student_seed))
+        for name in names
+        for tuning_seed in settings.tuning_seeds
+        for student_seed in settings.student_seeds
+    ]
+
+
+def _require_arms(config: Config) -> Compare:
+    if config.compare is None:
+        raise ConfigError("there is nothing to compare: the config has no `compare` section with arms")
+    return config.compare
+
+
+def _arm_config(config: Config, name: str, tuning_seed: int, student_seed: int) -> Config:
+    """The config of one cell."""
+    tree = config.model_dump(exclude={"compare"})
+    seeds = {"tune_teacher.seed": tuning_seed, "train_student.seed": student_seed}
+    for key, value in {**seeds, **_require_arms(config).arms[name]}.items():
+        set_dotted(tree, key, value)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"compare.arms.{name}: {describe(error)}") from None
+
+
+class _Shared:
+    """The stages placed so far."""
+
+    def __init__(self) -> None:
+        self._by_recipe: dict[str, Stage] = {}
+        self._seeds: dict[str, frozenset[str]] = {}
+        self.stages: dict[str, Stage] = {}
+        """By output."""
+
+    def place(self, cell: Cell) -> dict[str, str]:
+        """Add a cell's stages unless they are there; returns where each artifact of its loop lies."""
+        lies: dict[str, str] = {}
+        recipes: dict[str, str] = {}
+        for stage in stages_of(cell.config):
+            if stage.kind in MEASURED_TOGETHER:
+                continue
+            recipe = _recipe(stage, cell.config, [recipes[name] for name in stage.inputs])
+            recipes[stage.output] = recipe
+            if recipe not in self._by_recipe:
+                self._by_recipe[recipe] = self._placed(stage, cell, lies)
+            lies[stage.output] = self._by_recipe[recipe].output
+        return lies
+
+    def _placed(self, stage: Stage, cell: Cell, lies: dict[str, str]) -> Stage:
+        """The stage in a folder that says what sets it apart: nothing, its arm, or its arm and seeds."""
+        inputs = tuple(lies[name] for name in stage.inputs)
+        seeds = frozenset(SEEDED).intersection(stage.settings).union(*(self._seeds[name] for name in inputs))
+        folder = f"arms/{cell.arm}/" + "".join(
+            name.format(cell=cell) for settings, name in SEEDED.items() if settings in seeds
+        )
+        if not seeds and stage.output not in self.stages:
+            folder = ""
+        placed = replace(
+            stage,
+            name=folder + stage.name,
+            output=folder + stage.output,
+            inputs=inputs,
+            teacher=lies[stage.teacher] if stage.teacher else None,
+            config=cell.config,
+        )
+        self._seeds[placed.output] = seeds
+        self.stages[placed.output] = placed
+        return placed
+
+
+def _recipe(stage: Stage, config: Config, inputs: list[str]) -> str:
+    """What a stage's output is made from; equal for stages that would make the same."""
+    made_from = [stage.name, content_settings(config, stage.settings), inputs]
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _needed(stages: Iterable[Stage], last: list[Stage]) -> list[Stage]:
+    """Those of the stages whose output the last ones are made from, directly or not, in their order."""
+    needed = {name for stage in last for name in stage.inputs}
+    kept: list[Stage] = []
+    for stage in reversed(list(stages)):
+        if stage.output in needed:
+            needed.update(stage.inputs)
+            kept.append(stage)
+    return kept[::-1]
+
+
+def _by_teacher(stages: list[Stage]) -> list[Stage]:
+    """An order in which inputs are made first and the pool changes its teacher seldom."""
+    ordered: list[Stage] = []
+    waiting = list(stages)
+    hosted: str | None = None
+    while waiting:
+        made = {stage.output for stage in ordered}
+        ready = [stage for stage in waiting if made.issuperset(stage.inputs)]
+        to_come = Counter(stage.teacher for stage in waiting if not _reachable(stage, made, waiting))
+        stage = min(ready, key=partial(_cost, hosted=hosted, to_come=to_come))
+        hosted = stage.teacher or (None if stage.bundles else hosted)
+        waiting.remove(stage)
+        ordered.append(stage)
+    return ordered
+
+
+def _reachable(stage: Stage, made: set[str], waiting: list[Stage]) -> bool:
+    """Whether all that a stage needs is made, or is made by the teacher it runs with."""
+    with_its_teacher = {other.output for other in waiting if other.teacher == stage.teacher}
+    return made.union(with_its_teacher).issuperset(stage.inputs)
+
+
+def _cost(stage: Stage, *, hosted: str | None, to_come: Counter[str | None]) -> tuple[int, int]:
+    """Of running a stage next: nothing changes, the pool gives way to workers, or it hosts another teacher - the one
+    that has least work still to come first, so that the others are hosted when theirs is there."""
+    if stage.teacher is None:
+        return (1 if stage.bundles else 0, 0)
+    return (0, 0) if stage.teacher == hosted else (2, to_come[stage.teacher])
+
+
+def _outputs_of(cell: Cell, lies: dict[str, str]) -> compare.CellOutputs:
+    """What a comparison reads of a cell."""
+    tuned = cell.config.tune_teacher.tunes != "nothing"
+    name = "final" if tuned else "iteration_00"
+    return compare.CellOutputs(
+        arm=cell.arm,
+        fresh_instructions=lies[f"{name}/fresh_instructions"],
+        fresh_responses=lies[f"{name}/fresh_responses"],
+        fresh_set=lies[f"{name}/fresh_set"],
+        training_set=lies["final/training_set"],
+        student=lies["final/student"],
+    )
+
+
+def _measured_together(config: Config, outputs: list[compare.CellOutputs]) -> list[Stage]:
+    """Losses of all students, influence of what all teachers write afresh, and the differences between the arms."""
+
+    def distinct(artifacts: Iterator[str]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(artifacts))
+
+    fresh_sets = distinct(cell.fresh_set for cell in outputs)
+    students = distinct(cell.student for cell in outputs)
+    data = distinct(
+        artifact for cell in outputs for artifact in (cell.fresh_instructions, cell.fresh_responses, cell.training_set)
+    )
+    worker = config.score.worker.bundle
+    settings = _require_arms(config)
+    compared: Any = partial(compare.compare, cells=tuple(outputs), against=settings.against)
+    return [
+        Stage(
+            name="compare/fresh_set", output="compare/fresh_set", body=compare.collect_fresh, schema=columns.EXAMPLES,
+            inputs=fresh_sets, rows=config.evaluate.fresh * len(fresh_sets),
+        ),
+        Stage(
+            name="compare/score_fresh", output="compare/fresh_influence", body=score.score, schema=columns.INFLUENCE,
+            inputs=(FIRST_WARMED, REFERENCE, "compare/fresh_set"), settings=("score", *STUDENT_KEYS),
+            bundles=score_bundles(config), rows=config.evaluate.fresh * len(fresh_sets),
+        ),
+        Stage(
+            name="compare/measure_students", output="compare/losses", body=compare.measure_students,
+            schema=columns.LOSSES, inputs=(REFERENCE, HELD_OUT, STUDENT, *students), settings=STUDENT_KEYS,
+            bundles=(worker,),
+        ),
+        Stage(
+            name=RESULT, output=RESULT, body=compared, schema=columns.COMPARISON,
+            inputs=("compare/losses", "compare/fresh_influence", REFERENCE, HELD_OUT, *data), settings=("compare",),
+        ),
+    ]  # fmt: skip

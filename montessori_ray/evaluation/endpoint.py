@@ -1,0 +1,92 @@
+"""Any OpenAI-compatible endpoint: many conversations in, their answers in order, and plain words when it fails."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import openai
+
+from montessori_ray.config import Judge
+from montessori_ray.errors import ConfigError, ResourceError
+from montessori_ray.in_order import in_order
+
+Conversation = list[dict[str, str]]
+"""Messages with `role` and `content`, the last one a user's."""
+
+MAX_RETRIES = 5
+"""Times a request is sent again, a busy or broken server given 0.5 to 8 s in between (the client's own rule)."""
+
+TIMEOUT_S = 300.0
+"""Seconds one answer may take."""
+
+
+class Reply(NamedTuple):
+    """An answer, or why there is none."""
+
+    text: str
+    """What the model said; the server's words where it refused the conversation (too long for its context, say)."""
+    refused: bool = False
+
+
+Ask = Callable[[Iterable[Conversation]], Iterator[Reply]]
+"""Conversations in, their replies in the same order. A `ChatEndpoint`, or the teacher pool (`stages.judging`)."""
+
+
+class ChatEndpoint:
+    """A model behind an OpenAI-compatible endpoint, asked greedily.
+
+    Raises ConfigError when the environment variable that should hold the key does not exist.
+    """
+
+    def __init__(self, settings: Judge) -> None:
+        self._settings = settings
+        key = settings.api_key_env
+        if key is not None and not os.environ.get(key):
+            raise ConfigError(f"the environment variable {key}, named by api_key_env, is not set: put the key in it")
+        self._key = os.environ[key] if key else "none"  # the client insists on one
+
+    def __call__(self, conversations: Iterable[Conversation]) -> Iterator[Reply]:
+        """Yield the replies in order, `concurrency` requests under way at once.
+
+        Raises:
+            ConfigError: the endpoint has no such model, or does not accept the key.
+            ResourceError: it cannot be reached, or answers with errors only.
+        """
+        settings = self._settings
+        client = openai.AsyncOpenAI(
+            base_url=settings.base_url, api_key=self._key, max_retries=MAX_RETRIES, timeout=TIMEOUT_S
+        )
+
+        async def answer(conversation: Conversation) -> Reply:
+            return await self._answer(client, conversation)
+
+        return in_order(answer, conversations, concurrency=settings.concurrency)
+
+    async def _answer(self, client: openai.AsyncOpenAI, conversation: Conversation) -> Reply:
+        settings, messages = self._settings, _typed(conversation)
+        where = f"{settings.base_url} (model {settings.model})"
+        try:
+            completion = await client.chat.completions.create(
+                model=settings.model, messages=messages, temperature=0, max_tokens=settings.max_tokens
+            )
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            return Reply(error.message, refused=True)
+        except openai.NotFoundError as error:
+            raise ConfigError(
+                f"{where}: no such model or address ({error.message}); check model and base_url"
+            ) from None
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            raise ConfigError(f"{where} does not accept the key in {settings.api_key_env}: {error.message}") from None
+        except openai.APIError as error:
+            raise ResourceError(
+                f"{where} gave no answer in {MAX_RETRIES + 1} attempts ({type(error).__name__}: {error.message}): what "
+                "was answered before is kept, give the same command again when it is back"
+            ) from None
+        return Reply(completion.choices[0].message.content or "")
+
+
+def _typed(conversation: Conversation) -> Any:
+    """The client types messages by role, one class each; a plain mapping is what it sends."""
+    return conversation

@@ -1,0 +1,170 @@
+"""A comparison: what its arms' students and teachers are like, and how they differ from one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from montessori_ray.report import plots
+from montessori_ray.report.html import figure, figures, join, paragraph, table
+from montessori_ray.report.results import Mean, Sentence
+from montessori_ray.report.source import Source
+from montessori_ray.report.words import NONE, Scale, percent
+from montessori_ray.telemetry.console import say_counts
+
+MEASURES = {
+    "held_out_loss": ("Held-out loss", "change of the loss, nats a token"),
+    "fresh_influence": ("Influence of fresh instructions", "change of the influence"),
+}
+"""Measure of `stages.compare` -> its title, and what a difference is in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One arm by one measure."""
+
+    arm: str
+    measure: str
+    models: int
+    """Students or teachers that were measured."""
+    value: float
+    value_se: float
+    share_helpful: float | None
+    difference: Mean | None
+    """From the arm all are compared with, None for itself; `count` is the number of models."""
+    sentence: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What an arm's teachers write afresh, and how much its students saw."""
+
+    arm: str
+    parse_rate: float
+    duplicate_rate: float
+    self_rouge_l: float | None
+    answer_tokens: float
+    training_rows: list[int]
+    training_tokens: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arms:
+    """The result of a comparison."""
+
+    against: str
+    measures: list[Arm]
+    data: list[Data]
+
+    def of(self, measure: str) -> list[Arm]:
+        """The arms by this measure."""
+        return [arm for arm in self.measures if arm.measure == measure]
+
+
+def arms(source: Source) -> Arms | None:
+    """The comparison of a run, None where there is none (yet)."""
+    manifest = source.run.artifact("compare/result").manifest()
+    if manifest is None:
+        return None
+    details = manifest.details
+    measures = [
+        Arm(
+            **{name: row[name] for name in ("arm", "measure", "models", "value", "value_se", "share_helpful")},
+            sentence=row["sentence"],
+            difference=None if row["difference"] is None else Mean(
+                mean=row["difference"], se=row["difference_se"], low=row["low"], high=row["high"],
+                count=max(row["models"], 2),
+            ),
+        )
+        for row in details["measures"]
+    ]  # fmt: skip
+    data = [
+        Data(
+            arm=arm, parse_rate=told["fresh"]["parse_rate"], duplicate_rate=told["fresh"]["duplicate_rate"],
+            self_rouge_l=told["fresh"]["instructions"]["self_rouge_l"],
+            answer_tokens=told["fresh"]["responses"]["tokens"], training_rows=told["training_rows"],
+            training_tokens=told["training_tokens"],
+        )
+        for arm, told in details["data"].items()
+    ]  # fmt: skip
+    return Arms(against=details["against"], measures=measures, data=data)
+
+
+def sentences(found: Arms | None) -> list[Sentence]:
+    """What a comparison says of each arm's students."""
+    if found is None:
+        return []
+    return [
+        Sentence(headline=f"{named(arm.arm)}: held-out loss against {named(found.against)}", detail=arm.sentence)
+        for arm in found.of("held_out_loss")
+        if arm.sentence
+    ]
+
+
+def section(found: Arms | None) -> Markup | None:
+    """Both measures as a forest plot and a table, then the data."""
+    if found is None:
+        return None
+    drawn = [_forest(found, measure) for measure in MEASURES if any(arm.difference for arm in found.of(measure))]
+    note = (
+        f"All arms share everything but one choice; differences are from {named(found.against)}. Losses are paired by "
+        "row and seed, and their intervals hold for other rows and seeds; teachers write different texts, so "
+        "influences are not paired. Lower is better in both."
+    )
+    tables = [_table(found, measure) for measure in MEASURES]
+    return join([paragraph(note, kind="note"), figures(*drawn), *tables, _data(found.data)])
+
+
+def named(arm: str) -> str:
+    """`shuffled_labels` -> `shuffled labels`."""
+    return arm.replace("_", " ")
+
+
+def _forest(found: Arms, measure: str) -> Markup:
+    title, unit = MEASURES[measure]
+    changed = [(arm, arm.difference) for arm in found.of(measure) if arm.difference]
+    scale = Scale.of(*(end for _, change in changed for end in (change.low, change.high)))
+    rows = [
+        plots.Interval(
+            label=named(arm.arm), mean=change.mean, low=change.low, high=change.high,
+            note=scale.plus_minus(change.mean, change.se, sign=True),
+        )
+        for arm, change in changed
+    ]  # fmt: skip
+    plot = plots.forest(f"arms-{measure}", f"{title}: difference by arm", rows, xlabel=unit)
+    caption = "Lines are 95 % intervals. A hollow grey mark is a difference within noise."
+    return figure(f"{title} against {named(found.against)}", plot, caption)
+
+
+def _table(found: Arms, measure: str) -> Markup:
+    arms_of = found.of(measure)
+    values = Scale.of(*(arm.value for arm in arms_of))
+    changes = Scale.of(*(end for arm in arms_of if arm.difference for end in (arm.difference.low, arm.difference.high)))
+    title, _ = MEASURES[measure]
+    rows = [
+        (
+            named(arm.arm), f"{arm.models}", values.plus_minus(arm.value, arm.value_se),
+            NONE if arm.share_helpful is None else percent(arm.share_helpful),
+            NONE if arm.difference is None else changes.plus_minus(arm.difference.mean, arm.difference.se, sign=True),
+            NONE if arm.difference is None else changes.span(arm.difference.low, arm.difference.high),
+        )
+        for arm in arms_of
+    ]  # fmt: skip
+    models = "students" if measure == "held_out_loss" else "teachers"
+    heads = ("arm", models, values.label(title.lower()), "help", changes.label("difference"), "95 % interval")
+    return table(heads, rows, numbers=(1, 2, 3, 4, 5))
+
+
+def _data(data: Sequence[Data]) -> Markup:
+    rows = [
+        (
+            named(arm.arm), f"{arm.parse_rate:.1%}", f"{arm.duplicate_rate:.1%}",
+            NONE if arm.self_rouge_l is None else f"{arm.self_rouge_l:.2f}", f"{arm.answer_tokens:.0f}",
+            say_counts(arm.training_rows), say_counts(arm.training_tokens),
+        )
+        for arm in data
+    ]  # fmt: skip
+    heads = ("arm", "parsed", "duplicates", "self-ROUGE-L", "tokens an answer", "training rows", "training tokens")
+    return table(heads, rows, numbers=(1, 2, 3, 4, 5, 6))

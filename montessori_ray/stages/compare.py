@@ -1,0 +1,146 @@
+"""Compare: differences between arms, with their intervals and the sentence they allow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from montessori_ray.evaluation.diversity import describe_data
+from montessori_ray.evaluation.statistics import Interval, mean_se, paired_difference, verdict, welch_difference
+from montessori_ray.stages.base import StageContext
+from montessori_ray.stages.evaluate import SETS, losses_of_students
+
+OF = "|"
+"""Between a fresh set's place and an example's id, which is unique among the examples of one teacher only."""
+
+
+@dataclass(frozen=True, slots=True)
+class CellOutputs:
+    """Where the artifacts of an arm with one tuning seed and one student seed lie."""
+
+    arm: str
+    fresh_instructions: str
+    fresh_responses: str
+    fresh_set: str
+    training_set: str
+    student: str
+
+
+def collect_fresh(context: StageContext) -> dict[str, Any]:
+    """The fresh examples of all teachers in one set, so that they are scored against one student in one go."""
+    context.output.discard_parts()
+    for position, name in enumerate(context.stage.inputs):
+        context.append(
+            row | {"example_id": f"{name}{OF}{row['example_id']}", "prompt_id": f"{name}{OF}{row['prompt_id']}"}
+            for row in context.input(position).rows()
+        )
+    return {"sets": len(context.stage.inputs)}
+
+
+def measure_students(context: StageContext) -> dict[str, Any]:
+    """Losses of the original and every arm's students on the reference and held-out rows."""
+    losses_of_students(context, {name: 2 + number for number, name in enumerate(context.stage.inputs[2:])})
+    return {"students": len(context.stage.inputs) - 2}
+
+
+def compare(context: StageContext, *, cells: Sequence[CellOutputs], against: str) -> dict[str, Any]:
+    """One row for each arm and measure; the details hold the same and what the arms' data are like.
+
+    Inputs: losses of the students, influence of the fresh examples, reference and held-out rows, then what the arms'
+    teachers wrote afresh and the training sets.
+    """
+    context.output.discard_parts()
+    by_arm: dict[str, list[CellOutputs]] = {}
+    for cell in cells:
+        by_arm.setdefault(cell.arm, []).append(cell)
+    losses = {measure: _losses(context, measure) for measure in SETS}
+    fresh = _fresh_influence(context)
+    rows: list[dict[str, Any]] = []
+    for arm, own in by_arm.items():
+        for measure in SETS:
+            rows.append(_loss_row(arm, measure, own, by_arm[against], losses[measure]))
+        rows.append(_fresh_row(arm, own, by_arm[against], fresh))
+    context.append(rows)
+    return {
+        "against": against,
+        "measures": rows,
+        "data": {arm: _data(context, own) for arm, own in by_arm.items()},
+    }
+
+
+def _losses(context: StageContext, measure: str) -> dict[str, list[float]]:
+    """Row losses of every student, in the same order of rows."""
+    losses: dict[str, list[float]] = {}
+    for row in context.input(0).rows(["student", "set", "loss"]):
+        if row["set"] == measure:
+            losses.setdefault(row["student"], []).append(row["loss"])
+    return losses
+
+
+def _fresh_influence(context: StageContext) -> dict[str, list[float]]:
+    """Influences of every teacher's fresh examples, by the place of its fresh set."""
+    influence: dict[str, list[float]] = {}
+    for row in context.input(1).rows(["example_id", "influence"]):
+        if row["influence"] is not None:
+            influence.setdefault(row["example_id"].split(OF)[0], []).append(row["influence"])
+    return influence
+
+
+def _loss_row(
+    arm: str, measure: str, own: list[CellOutputs], other: list[CellOutputs], losses: dict[str, list[float]]
+) -> dict[str, Any]:
+    """Loss of an arm's students, and the difference paired by seeds and row."""
+    mine, theirs = (np.array([losses[cell.student] for cell in cells]) for cells in (own, other))
+    difference = None if own is other else paired_difference(mine, theirs)
+    row_means = mine.mean(axis=0).tolist()
+    return _row(arm, f"{measure}_loss", mean_se(row_means), difference, students=len({cell.student for cell in own}))
+
+
+def _fresh_row(
+    arm: str, own: list[CellOutputs], other: list[CellOutputs], fresh: dict[str, list[float]]
+) -> dict[str, Any]:
+    """Mean influence of what an arm's teachers write afresh; different texts, so the difference is not paired."""
+    mine, theirs = ([value for name in _places(cells) for value in fresh[name]] for cells in (own, other))
+    difference = None if own is other else welch_difference(mine, theirs)
+    return _row(arm, "fresh_influence", mean_se(mine), difference, students=len(_places(own))) | {
+        "share_helpful": sum(value < 0 for value in mine) / len(mine)
+    }
+
+
+def _places(cells: list[CellOutputs]) -> list[str]:
+    return list(dict.fromkeys(cell.fresh_set for cell in cells))
+
+
+def _row(
+    arm: str, measure: str, value: dict[str, float], difference: Interval | None, *, students: int
+) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "arm": arm, "measure": measure, "value": value["mean"], "value_se": value["se"], "models": students,
+        "difference": None, "low": None, "high": None, "difference_se": None, "share_helpful": None, "sentence": None,
+    }  # fmt: skip
+    if difference is not None:
+        row |= {
+            "difference": difference.mean, "low": difference.low, "high": difference.high,
+            "difference_se": difference.se, "sentence": verdict(difference.mean, difference.low, difference.high),
+        }  # fmt: skip
+    return row
+
+
+def _data(context: StageContext, cells: list[CellOutputs]) -> dict[str, Any]:
+    """What the arm's teachers write afresh (rejections, variety, lengths), and how much its students saw."""
+
+    def rows(names: Iterable[str]) -> list[dict[str, Any]]:
+        return [row for name in dict.fromkeys(names) for row in context.run.artifact(name).rows()]
+
+    others = {name: context.input(2 + position).column("instruction") for position, name in enumerate(SETS)}
+    sets = [context.run.artifact(name).require() for name in dict.fromkeys(cell.training_set for cell in cells)]
+    return {
+        "fresh": describe_data(
+            rows(cell.fresh_instructions for cell in cells), rows(cell.fresh_responses for cell in cells), others
+        ),
+        "training_rows": [manifest.rows for manifest in sets],
+        "training_tokens": [manifest.details["tokens"] for manifest in sets],
+    }

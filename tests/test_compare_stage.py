@@ -1,0 +1,112 @@
+"""What a comparison says, from tables made by hand: means, differences by row, and who wrote what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from montessori_ray.artifacts.manifest import Identity
+from montessori_ray.artifacts.run import Run
+from montessori_ray.config import load_config
+from montessori_ray.stages import schemas as columns
+from montessori_ray.stages.base import Stage, StageContext
+from montessori_ray.stages.compare import CellOutputs, collect_fresh, compare
+from montessori_ray.telemetry.progress import ProgressChannel
+
+QUICKSTART = Path(__file__).parents[1] / "configs/quickstart.yaml"
+CELLS = [
+    CellOutputs(
+        arm=arm, fresh_instructions=f"{arm}/instructions", fresh_responses=f"{arm}/responses",
+        fresh_set=f"{arm}/fresh_set", training_set=f"{arm}/training_set", student=f"{arm}/{seed}/student",
+    )
+    for arm in ("before", "after")
+    for seed in (0, 1)
+]  # fmt: skip
+LOSSES = {"before/0/student": [2.0, 4.0, 3.0], "before/1/student": [2.2, 4.2, 3.2]}
+LOSSES |= {"after/0/student": [1.0, 3.5, 2.9], "after/1/student": [1.4, 3.3, 2.7]}
+INFLUENCE = {"before": [0.1, -0.1, 0.3, None], "after": [-0.5, -0.3, -0.4, 0.1]}
+
+
+def put(run: Run, name: str, rows: list[dict[str, Any]], schema: pa.Schema, **details: Any) -> None:
+    artifact = run.artifact(name)
+    artifact.begin(Identity(stage=name, settings={}, inputs={}))
+    artifact.append(pa.Table.from_pylist(rows, schema=schema))
+    artifact.commit(details=details, seconds=0.0, columns={schema.names[0]: "string"})
+
+
+def context(run: Run, output: str, schema: pa.Schema, inputs: tuple[str, ...]) -> StageContext:
+    stage = Stage(name=output, output=output, body=lambda _: {}, schema=schema, inputs=inputs)
+    run.artifact(output).begin(Identity(stage=output, settings={}, inputs={}))
+    return StageContext(
+        stage=stage, config=load_config(QUICKSTART), run=run, progress=ProgressChannel(), note=lambda *_, **__: None
+    )
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    run = Run(str(tmp_path / "run"))
+    losses = [
+        {"student": student, "set": name, "example_id": str(row), "loss": loss}
+        for student, values in LOSSES.items()
+        for name in ("reference", "held_out")
+        for row, loss in enumerate(values)
+    ]
+    put(run, "losses", losses, columns.LOSSES)
+    influence = [
+        {"example_id": f"{arm}/fresh_set|{number}", "influence": value}
+        for arm, values in INFLUENCE.items()
+        for number, value in enumerate(values)
+    ]
+    put(run, "influence", influence, columns.INFLUENCE)
+    for name in ("reference", "held_out"):
+        put(run, name, [{"instruction": "Name a river."}], columns.INPUT_ROWS)
+    for arm in ("before", "after"):
+        texts = [f"Say {arm} number {number}." for number in range(3)]
+        put(run, f"{arm}/instructions", [{"instruction": text, "status": "kept"} for text in texts]
+            + [{"instruction": texts[0], "status": "duplicate"}], columns.INSTRUCTIONS)  # fmt: skip
+        put(run, f"{arm}/responses", [{"response": "ok", "num_tokens": 7, "finish_reason": "stop"}], columns.RESPONSES)
+        put(run, f"{arm}/training_set", [{"example_id": "a"}], columns.EXAMPLES, tokens=11)
+    return run
+
+
+def test_differences_are_paired_by_seed_and_row(run: Run) -> None:
+    told = context(run, "result", columns.COMPARISON, ("losses", "influence", "reference", "held_out"))
+    details = compare(told, cells=CELLS, against="before")
+    rows = {(row["arm"], row["measure"]): row for row in details["measures"]}
+    expected = fmean(
+        after - before
+        for seed in (0, 1)
+        for after, before in zip(LOSSES[f"after/{seed}/student"], LOSSES[f"before/{seed}/student"], strict=True)
+    )
+    found = rows["after", "held_out_loss"]
+    assert found["difference"] == pytest.approx(expected)
+    assert found["low"] < expected < found["high"]
+    assert (found["models"], found["value"]) == (2, pytest.approx(fmean([1.0, 3.5, 2.9, 1.4, 3.3, 2.7])))
+    assert rows["before", "held_out_loss"]["difference"] is None
+    fresh = rows["after", "fresh_influence"]
+    assert fresh["difference"] == pytest.approx(fmean([-0.5, -0.3, -0.4, 0.1]) - fmean([0.1, -0.1, 0.3]))
+    assert (fresh["share_helpful"], fresh["models"]) == (0.75, 1)
+    assert "0" in fresh["sentence"]
+    assert next(iter(run.artifact("result").rows()))["arm"] == "before"
+
+
+def test_data_of_each_arm(run: Run) -> None:
+    told = context(run, "result", columns.COMPARISON, ("losses", "influence", "reference", "held_out"))
+    data = compare(told, cells=CELLS, against="before")["data"]["after"]
+    assert (data["training_rows"], data["training_tokens"]) == ([1], [11])
+    assert data["fresh"]["duplicate_rate"] == 0.25
+    assert data["fresh"]["overlap"]["held_out"] == {"exact": 0, "near": 0}
+
+
+def test_fresh_examples_of_several_teachers_keep_apart(run: Run) -> None:
+    for teacher in ("one", "two"):
+        put(run, teacher, [{"example_id": "final-fresh-p0-0", "prompt_id": "p0"}], columns.EXAMPLES)
+    assert collect_fresh(context(run, "all", columns.EXAMPLES, ("one", "two"))) == {"sets": 2}
+    rows = list(run.artifact("all").rows())
+    assert [(row["example_id"], row["prompt_id"]) for row in rows] == [
+        ("one|final-fresh-p0-0", "one|p0"), ("two|final-fresh-p0-0", "two|p0"),
+    ]  # fmt: skip

@@ -1,0 +1,161 @@
+"""The plan of a comparison: what arms share, what they do not, and what no arm may change."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from montessori_ray.comparison import all_stages, cells_of, stages_of_comparison
+from montessori_ray.config import Config, load_config
+from montessori_ray.errors import ConfigError
+from montessori_ray.loop import run_loop, stages_of
+from montessori_ray.stages.base import Stage
+
+QUICKSTART = Path(__file__).parents[1] / "configs/quickstart.yaml"
+ARMS: dict[str, Any] = {
+    "self_instruct": {"tune_teacher.tunes": "nothing"},
+    "montessori": {},
+    "shuffled": {"pair.signal": "shuffled_labels"},
+}
+
+
+def comparison(arms: dict[str, Any] | None = None, **settings: Any) -> Config:
+    section = {"against": "self_instruct", "arms": ARMS if arms is None else arms, **settings}
+    return Config.model_validate(load_config(QUICKSTART).model_dump() | {"compare": section})
+
+
+def kinds(stages: list[Stage]) -> Counter[str]:
+    return Counter(stage.kind for stage in stages)
+
+
+def test_inputs_are_made_before_and_nothing_is_made_twice() -> None:
+    stages = stages_of_comparison(comparison(tuning_seeds=(0, 1), student_seeds=(0, 1, 2)))
+    made: set[str] = set()
+    for stage in stages:
+        assert set(stage.inputs) <= made, stage.name
+        assert stage.teacher is None or stage.teacher in stage.inputs
+        made.add(stage.output)
+    assert len(made) == len(stages) == len({stage.name for stage in stages})
+    read = {name for stage in stages for name in stage.inputs}
+    assert made - read == {"compare/result"}
+
+
+def test_arms_share_everything_but_their_choice() -> None:
+    stages = kinds(stages_of_comparison(comparison(tuning_seeds=(0, 1), student_seeds=(0, 1, 2))))
+    assert stages["warm_up"] == stages["score"] == 1
+    assert stages["pair"] == 2
+    assert stages["tune_teacher"] == 2 * 2
+    assert stages["train_student"] == 3 + 2 * 2 * 3
+    assert stages["fresh_instructions"] == 1 + 2 * 2
+
+
+def test_every_cell_has_the_stages_of_its_own_loop() -> None:
+    config = comparison(tuning_seeds=(3,), student_seeds=(5,))
+    assert [(cell.arm, cell.config.tune_teacher.seed, cell.config.train_student.seed) for cell in cells_of(config)] == [
+        ("self_instruct", 3, 5), ("montessori", 3, 5), ("shuffled", 3, 5),
+    ]  # fmt: skip
+    by_output = {stage.output: stage for stage in stages_of_comparison(config)}
+    student = by_output["arms/shuffled/tuning_3/student_5/final/student"]
+    assert student.config == cells_of(config)[2].config
+    pairs = by_output[by_output["arms/shuffled/tuning_3/iteration_00/teacher"].inputs[1]]
+    assert pairs.config is not None
+    assert pairs.config.pair.signal == "shuffled_labels"
+
+
+def test_another_seed_changes_no_name() -> None:
+    before = {stage.output for stage in stages_of_comparison(comparison(student_seeds=(0,)))}
+    after = {stage.output for stage in stages_of_comparison(comparison(student_seeds=(0, 1)))}
+    assert before < after
+    assert kinds(stages_of_comparison(comparison(student_seeds=(0, 1))))["tune_teacher"] == 2
+
+
+def test_an_iteration_more_begins_with_the_teacher_of_the_one_before() -> None:
+    arms = {**ARMS, "second": {"iterations": 2}}
+    by_output = {stage.output: stage for stage in stages_of_comparison(comparison(arms))}
+    assert by_output["arms/second/tuning_0/iteration_01/instructions"].teacher == (
+        "arms/montessori/tuning_0/iteration_00/teacher"
+    )
+
+
+def test_original_answers_are_given_by_the_original_teacher_after_one_change_of_teacher() -> None:
+    arms = {"self_instruct": ARMS["self_instruct"], "instructions": {"responses_by": "original"}, "both": {}}
+    stages = stages_of_comparison(comparison(arms, tuning_seeds=(0, 1, 2)))
+    by_output = {stage.output: stage for stage in stages}
+    assert by_output["arms/instructions/tuning_0/final/responses"].teacher == "inputs/teacher"
+    assert (
+        by_output["arms/both/tuning_0/final/responses"].inputs[0]
+        == (by_output["arms/instructions/tuning_0/final/responses"].inputs[0])
+    ), "both answer the same instructions"
+    hosted = [stage.teacher for stage in stages if stage.teacher]
+    changes = sum(one != other for one, other in pairwise(hosted))
+    assert changes == 3 + 1
+
+
+def test_responses_are_tuned_on_several_answers_to_one_instruction_of_the_original_teacher() -> None:
+    arms = {"self_instruct": ARMS["self_instruct"], "response": {"tune_teacher.tunes": "response"}}
+    by_output = {stage.output: stage for stage in stages_of_comparison(comparison(arms))}
+    pairs = by_output["iteration_00/pairs"]
+    assert pairs.inputs == ("iteration_00/influence", "iteration_00/candidates")
+    assert by_output["iteration_00/influence"].inputs[2] == "iteration_00/candidates"
+    assert by_output["arms/response/tuning_0/final/responses"].inputs[0] == "final/instructions"
+
+
+def test_best_of_n_scores_what_the_original_teacher_wrote() -> None:
+    arms = {
+        "self_instruct": ARMS["self_instruct"],
+        "best": {"tune_teacher.tunes": "nothing", "training_select": "most_helpful"},
+    }
+    config = comparison(arms)
+    by_output = {stage.output: stage for stage in stages_of_comparison(config)}
+    chosen = by_output["arms/best/final/training_set"]
+    assert chosen.inputs == ("arms/best/final/responses", "final/influence")
+    assert by_output["arms/best/final/instructions"].rows == config.training_set * config.synthesize.n
+    assert by_output["arms/best/final/instructions"].teacher == "inputs/teacher"
+
+
+@pytest.mark.parametrize(
+    ("arms", "message"),
+    [
+        ({"montessori": {}}, "against is 'self_instruct', expected one of the arms: montessori"),
+        ({"self_instruct": {"student.max_length": 3}}, "arm self_instruct changes student.max_length, which all arms"),
+        ({"self_instruct": {}, "A b": {}}, "arm 'A b': a name is made of"),
+    ],
+)
+def test_what_is_no_arm_is_refused(arms: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        comparison(arms)
+
+
+def test_repeated_seeds_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"seeds \[1, 1\] are not all different"):
+        comparison(tuning_seeds=(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pair.signl": "random"}, "compare.arms.x: unknown key pair.signl"),
+        (
+            {"tune_teacher.tunes": "nothing", "iterations": 2},
+            "compare.arms.x: tune_teacher.tunes is nothing, so 2 iterations",
+        ),
+        ({"tune_teacher.tunes": "response", "responses_by": "original"}, "responses_by=original would never ask"),
+    ],
+)
+def test_an_arm_whose_settings_do_not_fit_is_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        stages_of_comparison(comparison({**ARMS, "x": settings}))
+
+
+def test_a_comparison_is_not_run_as_one_loop_nor_a_loop_compared() -> None:
+    with pytest.raises(ConfigError, match="run it with `montessori compare`"):
+        run_loop(comparison())
+    with pytest.raises(ConfigError, match="no `compare` section"):
+        stages_of_comparison(load_config(QUICKSTART))
+    assert [stage.name for stage in all_stages(load_config(QUICKSTART))] == [
+        stage.name for stage in stages_of(load_config(QUICKSTART))
+    ]
