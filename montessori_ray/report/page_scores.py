@@ -42,13 +42,16 @@ def influence(report: Report) -> Markup | None:
         "score: its mean standard error over the reference rows. Noise: what estimator and precision put into a score, "
         "measured on examples that were scored a second time, exactly and in float32."
     )
+    measured = [entry for entry in report.influences if len(entry.rechecked) > 1 and entry.recheck]
+    drawn = [_histogram(entry, scale) for entry in report.influences if entry.place != FRESH]
+    drawn += [_agreement(entry, scale) for entry in measured]
     return join(
         [
             paragraph(note, kind="note"),
-            figures(*(_histogram(entry, scale) for entry in report.influences if entry.place != FRESH)),
+            figures(*drawn),
             table(heads, rows, numbers=(2, 3, 4, 5, 6)),
-            _left_out(report.influences),
-            *_agreements(report.influences, scale),
+            _agreements(measured) if measured else "",
+            *(paragraph(sentence, kind="note") for entry in report.influences for sentence in _remarks(entry)),
         ]
     )
 
@@ -73,10 +76,7 @@ def _histogram(entry: Influence, scale: Scale) -> Markup:
     return figure(title, plot, caption, keys)
 
 
-def _agreements(influences: list[Influence], scale: Scale) -> Iterable[Markup]:
-    measured = [entry for entry in influences if len(entry.rechecked) > 1 and entry.recheck]
-    if not measured:
-        return
+def _agreements(measured: list[Influence]) -> Markup:
     rows = []
     for entry in measured:
         again = entry.recheck or {}
@@ -84,9 +84,7 @@ def _agreements(influences: list[Influence], scale: Scale) -> Iterable[Markup]:
         changed = f"{again['pairs_changed']} of {again['pairs']}"
         rows.append((entry.name, f"{again['points']}", *correlations, percent(again["same_sign"]), changed))
     heads = ("stage", "scored twice", "rank correlation", "correlation", "same sign", "pairs that would be others")
-    yield subtitle("Agreement with exact scores in float32")
-    yield figures(*(_agreement(entry, scale) for entry in measured))
-    yield table(heads, rows, numbers=(1, 2, 3, 4, 5))
+    return table(heads, rows, numbers=(1, 2, 3, 4, 5))
 
 
 def _agreement(entry: Influence, scale: Scale) -> Markup:
@@ -101,14 +99,13 @@ def _agreement(entry: Influence, scale: Scale) -> Markup:
     return figure(title, plot, caption)
 
 
-def _left_out(influences: list[Influence]) -> Markup:
-    """Which examples have no score, and why."""
-    sentences = [
-        f"{entry.name}: {count(amount, 'example')} without a score ({reason})."
-        for entry in influences
-        for reason, amount in entry.quarantined.items()
-    ]
-    return paragraph(" ".join(sentences), kind="note") if sentences else Markup("")
+def _remarks(entry: Influence) -> Iterable[str]:
+    """What influence was measured from, and which examples have none."""
+    if len(entry.baselines) == 2 and entry.place != FRESH:  # the first iteration's again
+        warmed, null_step = (number(entry.baselines[name], digits=4) for name in ("warmed_loss", "null_step_loss"))
+        yield f"{entry.name}: the warmed student's reference loss is {warmed}, after a null step {null_step}."
+    for reason, amount in entry.quarantined.items():
+        yield f"{entry.name}: {count(amount, 'example')} without a score ({reason})."
 
 
 def _of(where: str) -> str:

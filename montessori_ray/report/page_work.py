@@ -129,26 +129,31 @@ def cost(report: Report) -> Markup | None:
     spent = report.cost
     if not spent.stages:
         return None
-    total = sum(spent.by_work.values()) or 1.0
-    work = [
-        plots.Bar(label=name, value=seconds, note=f"{duration(seconds)}, {percent(seconds / total)}", role="series-0")
-        for name, seconds in spent.by_work.items()
-        if seconds / total >= SHORT / 2
-    ]
     sentence = f"{duration(spent.stage_seconds)} in stages"
     if spent.session_seconds is not None:
         sentence += f", {duration(spent.session_seconds)} in all over {count(spent.sessions, 'session')}"
     gpu_hours = f"{spent.gpu_hours:.2f} GPU-hours and " if spent.gpu_hours else ""
     sentence += f"; stages held {gpu_hours}{spent.cpu_hours:.2f} CPU-hours (what they ask for, times their time)."
-    plot = plots.bars("time", "Time by kind of work", work, xlabel="time")
     return join(
         [
             paragraph(sentence, kind="note"),
-            figures(figure("Where the time went", plot)) if work else "",
+            _work(spent),
             _stages(spent),
             _points(report.influences),
         ]
     )
+
+
+def _work(spent: Costs) -> Markup:
+    total = sum(spent.by_work.values())
+    rows = [
+        plots.Bar(label=name, value=seconds, note=f"{duration(seconds)}, {percent(seconds / total)}", role="series-0")
+        for name, seconds in spent.by_work.items()
+        if total and seconds / total >= SHORT / 2
+    ]
+    if not rows:
+        return Markup("")
+    return figures(figure("Where the time went", plots.bars("time", "Time by kind of work", rows, xlabel="time")))
 
 
 def _stages(spent: Costs) -> Markup:
