@@ -396,6 +396,32 @@ class Score(Section):
         return self
 
 
+class Judge(Section):
+    """A model that says which of two answers is better: behind any OpenAI-compatible endpoint, or in the pool."""
+
+    speed_only = frozenset({"base_url", "api_key_env", "concurrency"})
+
+    model: str
+    """Name of the model at the endpoint, or `pool`: the original teacher, hosted in the teacher pool."""
+    base_url: str | None = None
+    """Address of the endpoint, e.g. http://host:8000/v1; None for `model: pool` only."""
+    api_key_env: str | None = None
+    """Environment variable that holds the endpoint's key; None sends none, as servers of one's own need none."""
+    max_tokens: Count = 512
+    """Longest reply, tokens: a reason in a few sentences and the verdict."""
+    concurrency: Count = 16
+    """Questions under way at once."""
+
+    @model_validator(mode="after")
+    def _is_somewhere(self) -> Self:
+        if (self.model == "pool") != (self.base_url is None):
+            raise ValueError(
+                f"model {self.model} with base_url {self.base_url}: a judge is either `pool`, without a base_url, or a "
+                "model's name at the base_url of an OpenAI-compatible endpoint"
+            )
+        return self
+
+
 class Pair(Section):
     """Influence -> preference pairs (paper section 3.3)."""
 
@@ -412,6 +438,17 @@ class Pair(Section):
     """Pairs kept, widest difference of influence first; None keeps all."""
     below_noise: Literal["drop", "keep"] = "drop"
     """What happens to scores below the noise that `score.recheck` measured; there is none for `exact` in float32."""
+    judge: Judge | None = None
+    """Who grades the examples from 1 to 10 for `signal: llm_judge`."""
+
+    @model_validator(mode="after")
+    def _has_its_judge(self) -> Self:
+        if (self.signal == "llm_judge") != (self.judge is not None):
+            raise ValueError(
+                f"signal is {self.signal} and judge is {'set' if self.judge else 'not set'}: a judge grades for signal "
+                "llm_judge and for no other"
+            )
+        return self
 
 
 class DpoOptimizer(Optimizer):
@@ -444,32 +481,6 @@ class TuneTeacher(Training):
     """Tokens of prompt and completion (paper: 1024)."""
     eval_fraction: Fraction = 0.1
     """Share of few-shot prompts whose pairs are kept out of training to measure accuracy and margin; at least one."""
-
-
-class Judge(Section):
-    """A model that says which of two answers is better: behind any OpenAI-compatible endpoint, or in the pool."""
-
-    speed_only = frozenset({"base_url", "api_key_env", "concurrency"})
-
-    model: str
-    """Name of the model at the endpoint, or `pool`: the original teacher, hosted in the teacher pool."""
-    base_url: str | None = None
-    """Address of the endpoint, e.g. http://host:8000/v1; None for `model: pool` only."""
-    api_key_env: str | None = None
-    """Environment variable that holds the endpoint's key; None sends none, as servers of one's own need none."""
-    max_tokens: Count = 512
-    """Longest reply, tokens: a reason in a few sentences and the verdict."""
-    concurrency: Count = 16
-    """Questions under way at once."""
-
-    @model_validator(mode="after")
-    def _is_somewhere(self) -> Self:
-        if (self.model == "pool") != (self.base_url is None):
-            raise ValueError(
-                f"model {self.model} with base_url {self.base_url}: a judge is either `pool`, without a base_url, or a "
-                "model's name at the base_url of an OpenAI-compatible endpoint"
-            )
-        return self
 
 
 class Evaluate(Section):

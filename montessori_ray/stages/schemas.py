@@ -78,6 +78,14 @@ INFLUENCE = pa.schema(
     ]
 )
 
+GRADES = pa.schema(
+    [
+        ("example_id", pa.string()),
+        ("grade", pa.float64()),  # 1 to 10, null where the judge gave none
+        ("reply", pa.string()),
+    ]
+)
+
 PAIRS = pa.schema(
     [
         ("prompt_id", pa.string()),
