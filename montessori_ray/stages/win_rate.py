@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import islice
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from montessori_ray.artifacts.run import Artifact
-from montessori_ray.config import Judge
-from montessori_ray.errors import ModelError
 from montessori_ray.stages.base import StageContext
+from montessori_ray.stages.judging import open_judge, rendered
 from montessori_ray.stages.synthesize import concurrency_of, request_for, seed_of
-from montessori_ray.synthesis.client import GenerationRequest
+
+if TYPE_CHECKING:
+    from montessori_ray.evaluation.judge import Pair
 
 ROWS_A_PART = 32
 """Answers or verdicts committed together; a kill loses at most these and the ones in flight."""
@@ -29,7 +29,7 @@ def answer_held_out(context: StageContext) -> dict[str, Any]:
     todo = rows[len(context.output.column("example_id")) :]
     requests = (
         request_for(
-            _rendered(tokenizer, [{"role": "user", "content": row["instruction"]}]), config.synthesize.responses, 1,
+            rendered(tokenizer, [{"role": "user", "content": row["instruction"]}]), config.synthesize.responses, 1,
             seed_of(row["example_id"], config.seed), (),
         )
         for row in todo
@@ -53,12 +53,11 @@ def judge_answers(context: StageContext) -> dict[str, Any]:
     Inputs: answers of the trained student, of the original student, and the judge where it is in the pool.
     """
     from montessori_ray.evaluation.alpaca_eval import length_controlled_win_rate  # late: see stages/__init__.py
-    from montessori_ray.evaluation.endpoint import ChatEndpoint
     from montessori_ray.evaluation.judge import judge_pairs, pair_scores, win_rate
 
     settings = context.config.evaluate.judge
     assert settings is not None, "the stage exists where there is a judge"
-    ask = _pool_judge(context, settings) if settings.model == "pool" else ChatEndpoint(settings)
+    ask = open_judge(context, settings, model=2)
     pairs = _pairs(context.input(0), context.input(1))
     done = {(row["example_id"], row["shown_first"]) for row in context.output.rows(["example_id", "shown_first"])}
     _commit(context, judge_pairs(pairs, ask, done=done), 2 * len(pairs), unit="verdicts")
@@ -69,8 +68,8 @@ def judge_answers(context: StageContext) -> dict[str, Any]:
     }
 
 
-def _pairs(candidate: Artifact, baseline: Artifact) -> list[Any]:
-    from montessori_ray.evaluation.judge import Pair
+def _pairs(candidate: Artifact, baseline: Artifact) -> list[Pair]:
+    from montessori_ray.evaluation.judge import Pair  # late: see stages/__init__.py
 
     answers = {row["example_id"]: row["response"] for row in baseline.rows()}
     return [
@@ -80,39 +79,17 @@ def _pairs(candidate: Artifact, baseline: Artifact) -> list[Any]:
 
 
 def _commit(context: StageContext, rows: Iterator[dict[str, Any]], total: int, *, unit: str) -> None:
-    """Commit rows part by part as they come, with progress."""
+    """Commit rows part by part as they come, with progress; those before an error too."""
     done = len(context.output.column("example_id"))
+    part: list[dict[str, Any]] = []
     context.progress.update(done, total, unit=unit)
-    while part := list(islice(rows, ROWS_A_PART)):
+    try:
+        for row in rows:
+            part.append(row)
+            done += 1
+            context.progress.update(done, total, unit=unit)
+            if len(part) == ROWS_A_PART:
+                context.append(part)
+                part = []
+    finally:
         context.append(part)
-        done += len(part)
-        context.progress.update(done, total, unit=unit)
-
-
-def _pool_judge(context: StageContext, settings: Judge) -> Any:
-    """The original teacher in the pool as a judge (an `endpoint.Ask`), greedy as one at an endpoint is."""
-    from montessori_ray.evaluation.endpoint import Conversation, Reply
-    from montessori_ray.in_order import in_order
-    from montessori_ray.training.chat import load_tokenizer
-
-    tokenizer, client = load_tokenizer(context.model(2), None), context.pool
-
-    async def answer(conversation: Conversation) -> Reply:
-        request = GenerationRequest(
-            prompt=_rendered(tokenizer, conversation), n=1, seed=0, temperature=0, top_p=1, presence_penalty=0,
-            max_tokens=settings.max_tokens,
-        )  # fmt: skip
-        try:
-            (sample,) = await client.generate(request)
-        except ModelError as error:
-            return Reply(str(error), refused=True)
-        return Reply(sample.text)
-
-    def ask(conversations: Iterable[Conversation]) -> Iterator[Reply]:
-        return in_order(answer, conversations, concurrency=settings.concurrency)
-
-    return ask
-
-
-def _rendered(tokenizer: Any, conversation: list[dict[str, str]]) -> str:
-    return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))

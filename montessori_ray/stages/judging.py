@@ -1,0 +1,55 @@
+"""The judge that the settings name, for any stage that asks one: at an endpoint, or the teacher in the pool."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from montessori_ray.config import Judge
+from montessori_ray.errors import ModelError
+from montessori_ray.in_order import in_order
+from montessori_ray.stages.base import StageContext
+from montessori_ray.synthesis.client import GenerationRequest
+
+if TYPE_CHECKING:
+    from montessori_ray.evaluation.endpoint import Ask, Conversation, Reply
+
+
+def open_judge(context: StageContext, settings: Judge, *, model: int) -> Ask:
+    """The judge; `model` is the position, among the stage's inputs, of the teacher that judges in the pool.
+
+    Raises:
+        ConfigError: as `ChatEndpoint`.
+    """
+    from montessori_ray.evaluation.endpoint import ChatEndpoint  # late: see stages/__init__.py
+
+    return _in_pool(context, settings, model) if settings.model == "pool" else ChatEndpoint(settings)
+
+
+def _in_pool(context: StageContext, settings: Judge, model: int) -> Ask:
+    """Greedy, as a judge at an endpoint is; what does not fit the context is refused, and the others go on."""
+    from montessori_ray.evaluation.endpoint import Reply
+    from montessori_ray.training.chat import load_tokenizer
+
+    tokenizer, client = load_tokenizer(context.model(model), None), context.pool
+
+    async def answer(conversation: Conversation) -> Reply:
+        request = GenerationRequest(
+            prompt=rendered(tokenizer, conversation), n=1, seed=0, temperature=0, top_p=1, presence_penalty=0,
+            max_tokens=settings.max_tokens,
+        )  # fmt: skip
+        try:
+            (sample,) = await client.generate(request)
+        except ModelError as error:
+            return Reply(str(error), refused=True)
+        return Reply(sample.text)
+
+    def ask(conversations: Iterable[Conversation]) -> Iterator[Reply]:
+        return in_order(answer, conversations, concurrency=settings.concurrency)
+
+    return ask
+
+
+def rendered(tokenizer: Any, conversation: list[dict[str, str]]) -> str:
+    """The conversation in the tokenizer's chat template, up to where the model's answer begins."""
+    return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
