@@ -22,12 +22,12 @@ from rich.text import Text
 from montessori_ray import comparison, loop
 from montessori_ray.artifacts.run import Run
 from montessori_ray.cluster import address_of, cluster_nodes, connected, require_room, say_bundles, this_machine
-from montessori_ray.config import Config, ScoreFiles, load_config, score_settings
+from montessori_ray.config import Config, ScoreFiles, judge_settings, load_benchmarks, load_config, score_settings
 from montessori_ray.errors import RunError, UserError
 from montessori_ray.scoring import EXAMPLES, INFLUENCE, score_files, stages_of_scoring
 from montessori_ray.session import open_run
 from montessori_ray.stages.base import AnySettings, Stage, bundles_of
-from montessori_ray.telemetry.console import clock, influence_tables, say_progress, stage_table
+from montessori_ray.telemetry.console import benchmark_table, clock, influence_tables, say_progress, stage_table
 from montessori_ray.telemetry.events import read_events
 from montessori_ray.telemetry.progress import Progress
 
@@ -240,6 +240,63 @@ def score(
     texts = {row["example_id"]: row["instruction"] for row in run.artifact(EXAMPLES).rows()}
     for table in influence_tables(influence.require().details, list(influence.rows()), texts):
         RichConsole(soft_wrap=True, highlight=False).print(table)
+
+
+@app.command()
+@said_plainly
+def benchmark(
+    model: Annotated[str, typer.Option(help="Hub name or folder of the model")],
+    tasks: Annotated[Path, typer.Option(help="YAML file, e.g. configs/benchmarks_paper.yaml")],
+    output: Annotated[Path, typer.Option(help="JSON file of the results; the same command continues it")],
+    overrides: Overrides = None,
+) -> None:
+    """Run benchmarks of lm-evaluation-harness on a model, with the shots the file says."""
+    from montessori_ray.evaluation.harness import run_benchmarks
+    from montessori_ray.models import resolve_model
+
+    settings = load_benchmarks(tasks, overrides)
+    results = run_benchmarks(
+        resolve_model(model), settings, output, on_task=lambda task, _: typer.echo(f"done: {task}")
+    )
+    RichConsole(soft_wrap=True, highlight=False).print(benchmark_table(results), f"results: {output}", sep="")
+
+
+@app.command("mt-bench")
+@said_plainly
+def mt_bench(
+    judge: Annotated[list[str], typer.Argument(help="the judge: model=NAME base_url=URL api_key_env=VARIABLE ...")],
+    questions: Annotated[Path, typer.Option(help="MT-Bench's question.jsonl")],
+    answers: Annotated[Path, typer.Option(help="a model's answers, in the format of MT-Bench's model_answer/")],
+    output: Annotated[Path, typer.Option(help="JSONL file of the grades; the same command continues it")],
+) -> None:
+    """Have a judge grade a model's two-turn answers to MT-Bench from 1 to 10."""
+    from montessori_ray.evaluation.endpoint import ChatEndpoint
+    from montessori_ray.evaluation.mt_bench import grade_to_file, read_answers, read_questions
+
+    asked, answered = read_questions(questions), read_answers(answers)
+    found = grade_to_file(asked, answered, ChatEndpoint(judge_settings(judge)), output)
+    for name, value in {"all": found["score"], **found["turns"], **found["categories"]}.items():
+        typer.echo(f"{f'turn {name}' if name in found['turns'] else name:<12} {value['mean']:.2f} ± {value['se']:.2f}")
+    typer.echo(f"{found['graded']} answers graded, {found['without_rating']} without a rating: {output}")
+
+
+@app.command("alpaca-eval")
+@said_plainly
+def alpaca_eval(
+    directory: Annotated[str, typer.Argument(metavar="RUN", help="the run directory")],
+    output: Annotated[Path, typer.Option(help="folder for original.json and trained.json")],
+) -> None:
+    """Write what a run's students answered to its held-out instructions as AlpacaEval reads it."""
+    from montessori_ray.evaluation.alpaca_eval import write_outputs
+
+    artifacts = open_run(directory)
+    output.mkdir(parents=True, exist_ok=True)
+    for name in ("original", "trained"):
+        answers = artifacts.artifact(f"final/answers_{name}")
+        answers.require()
+        outputs = ((row["instruction"], row["response"]) for row in answers.rows(["instruction", "response"]))
+        write_outputs(output / f"{name}.json", outputs, generator=name, dataset="held_out")
+        typer.echo(f"written: {output / name}.json")
 
 
 @app.command("prune-student")

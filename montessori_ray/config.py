@@ -722,6 +722,21 @@ def score_settings(tree: dict[str, Any], overrides: list[str] | None = None) -> 
         raise ConfigError(describe(error)) from None
 
 
+def judge_settings(overrides: list[str]) -> Judge:
+    """A judge from settings `model=NAME base_url=URL ...`.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        _set_override(tree, override)
+    try:
+        return Judge.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"judge: {describe(error)}") from None
+
+
 def load_benchmarks(path: Path, overrides: list[str] | None = None) -> Benchmarks:
     """Benchmarks from a YAML file and overrides.
 

@@ -100,6 +100,35 @@ def test_no_stage_before_the_evaluation_reads_held_out_rows() -> None:
     assert readers == ["final/evaluate"]
 
 
+AT_ENDPOINT = "evaluate.judge={model: judge, base_url: http://127.0.0.1:8000/v1}"
+
+
+@pytest.mark.parametrize(
+    ("judge", "teacher"), [(AT_ENDPOINT, None), ("evaluate.judge={model: pool}", "inputs/teacher")]
+)
+def test_a_judge_compares_what_both_students_answer(judge: str, teacher: str | None) -> None:
+    without, stages = by_name(quickstart()), by_name(quickstart(judge))
+    assert [name for name in stages if name not in without] == [
+        "final/answer_original", "final/answer_trained", "final/win_rate",
+    ]  # fmt: skip
+    students = {"original": "inputs/student", "trained": "final/student"}
+    for name, student in students.items():
+        assert stages[f"final/answer_{name}"].inputs == ("inputs/held_out", student)
+        assert stages[f"final/answer_{name}"].teacher == student  # the pool hosts it
+    assert stages["final/win_rate"].inputs[:2] == ("final/answers_trained", "final/answers_original")
+    assert stages["final/win_rate"].teacher == teacher
+    assert teacher is None or teacher in stages["final/win_rate"].inputs
+
+
+def test_an_endpoint_may_move_but_another_judge_is_other_work() -> None:
+    first, moved, other = (
+        quickstart(AT_ENDPOINT, *overrides)
+        for overrides in ([], ["evaluate.judge.base_url=http://host/v1"], ["evaluate.judge.model=gpt"])
+    )
+    assert content_settings(first, ("evaluate.judge",)) == content_settings(moved, ("evaluate.judge",))
+    assert content_settings(first, ("evaluate.judge",)) != content_settings(other, ("evaluate.judge",))
+
+
 def test_fresh_prompts_of_all_teachers_are_scored_against_one_student() -> None:
     score = by_name(quickstart("iterations=2", "evaluate.fresh=7"))["final/score_fresh"]
     fresh = ("iteration_00/fresh_set", "iteration_01/fresh_set", "final/fresh_set")

@@ -16,7 +16,7 @@ from itertools import tee
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from montessori_ray.errors import DataError
+from montessori_ray.errors import DataError, RunError
 from montessori_ray.evaluation.endpoint import Ask, Conversation
 from montessori_ray.evaluation.statistics import mean_se
 
@@ -104,7 +104,7 @@ def answer_questions(questions: Sequence[Question], ask: Ask) -> dict[int, tuple
 def grade(
     questions: Sequence[Question], answers: Answers, ask: Ask, *, done: Container[tuple[int, int]] = frozenset()
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row `question_id, category, turn, rating, reply` for both answers of every question, as the replies come.
+    """Yield a row `question_id, category, turn, answer, rating, reply` for both answers of all questions, as they come.
 
     Args:
         questions: what was asked.
@@ -127,9 +127,38 @@ def grade(
             "question_id": question.question_id,
             "category": question.category,
             "turn": turn,
+            "answer": answers[question.question_id][turn - 1],
             "rating": None if reply.refused else parse_rating(reply.text),
             "reply": reply.text,
         }
+
+
+def grade_to_file(questions: Sequence[Question], answers: Answers, ask: Ask, output: Path) -> dict[str, Any]:
+    """`summarise` of the grades of all answers, each kept as a line of a JSONL file when it is there; continues one.
+
+    Raises:
+        RunError: the file holds grades of other answers. And what `grade` raises.
+    """
+    rows = _begun(output)
+    for row in rows:
+        if row["answer"] != answers.get(row["question_id"], ("", ""))[row["turn"] - 1]:
+            raise RunError(f"{output} holds grades of other answers: choose another output, or remove it")
+    done = {(row["question_id"], row["turn"]) for row in rows}
+    with output.open("a", encoding="utf-8") as file:
+        for row in grade(questions, answers, ask, done=done):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            rows.append(row)
+    return summarise(rows)
+
+
+def _begun(output: Path) -> list[dict[str, Any]]:
+    """Rows of an earlier session, without a last line that a kill cut off."""
+    if not output.exists():
+        return []
+    text = output.read_text(encoding="utf-8")
+    output.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+    return _rows(output, ("question_id", "turn", "answer", "rating"))
 
 
 def parse_rating(reply: str) -> float | None:
@@ -196,9 +225,7 @@ def _rows(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
         raise DataError(f"cannot read {path} as JSONL: {error}") from None
     for number, row in enumerate(rows):
         if missing := [column for column in columns if column not in row]:
-            raise DataError(
-                f"{path}: row {number} has no {', '.join(missing)}; MT-Bench's files have {', '.join(columns)}"
-            )
+            raise DataError(f"{path}: row {number} has no {', '.join(missing)}; expected {', '.join(columns)}")
     return rows
 
 

@@ -17,7 +17,7 @@ def grade(context: StageContext) -> dict[str, Any]:
 
     settings = context.config.pair.judge
     assert settings is not None, "the stage exists where there is a judge"
-    ask = open_judge(context, settings, position=1)
+    ask = open_judge(context, settings, model=1)
     graded = set(context.output.column("example_id"))
     examples = list(context.input(0).rows(["example_id", "instruction", "response"]))
     todo = (row for row in examples if row["example_id"] not in graded)

@@ -1,5 +1,4 @@
-"""What stages that ask a judge share: the judge itself, behind an endpoint or in the pool, and rows committed as they
-come."""
+"""What stages that ask a model share: the judge the settings name, and rows committed as its replies come."""
 
 from __future__ import annotations
 
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from montessori_ray.config import Judge
 from montessori_ray.errors import ModelError
+from montessori_ray.in_order import in_order
 from montessori_ray.stages.base import StageContext
 from montessori_ray.synthesis.client import GenerationRequest
 
@@ -19,15 +19,8 @@ ROWS_A_PART = 32
 """Rows committed together; a kill loses at most these and the ones in flight."""
 
 
-def open_judge(context: StageContext, settings: Judge, *, position: int) -> Ask:
-    """The judge of these settings; the stage's input at `position` is the original teacher where it is the judge."""
-    from montessori_ray.evaluation.endpoint import ChatEndpoint  # late: see stages/__init__.py
-
-    return _pool_judge(context, settings, position) if settings.model == "pool" else ChatEndpoint(settings)
-
-
 def commit_parts(context: StageContext, rows: Iterator[dict[str, Any]], total: int, *, unit: str) -> None:
-    """Commit rows part by part as they come, with progress."""
+    """Commit rows of the output part by part as they come, with progress."""
     done = len(context.output.column("example_id"))
     context.progress.update(done, total, unit=unit)
     while part := list(islice(rows, ROWS_A_PART)):
@@ -36,18 +29,23 @@ def commit_parts(context: StageContext, rows: Iterator[dict[str, Any]], total: i
         context.progress.update(done, total, unit=unit)
 
 
-def rendered(tokenizer: Any, conversation: Conversation) -> str:
-    """A conversation as text that an assistant's message follows."""
-    return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+def open_judge(context: StageContext, settings: Judge, *, model: int) -> Ask:
+    """The judge; `model` is the position, among the stage's inputs, of the teacher that judges in the pool.
+
+    Raises:
+        ConfigError: as `ChatEndpoint`.
+    """
+    from montessori_ray.evaluation.endpoint import ChatEndpoint  # late: see stages/__init__.py
+
+    return _in_pool(context, settings, model) if settings.model == "pool" else ChatEndpoint(settings)
 
 
-def _pool_judge(context: StageContext, settings: Judge, position: int) -> Ask:
-    """The original teacher in the pool, greedy as a judge at an endpoint is."""
+def _in_pool(context: StageContext, settings: Judge, model: int) -> Ask:
+    """Greedy, as a judge at an endpoint is; what does not fit the context is refused, and the others go on."""
     from montessori_ray.evaluation.endpoint import Reply
-    from montessori_ray.in_order import in_order
     from montessori_ray.training.chat import load_tokenizer
 
-    tokenizer, client = load_tokenizer(context.model(position), None), context.pool
+    tokenizer, client = load_tokenizer(context.model(model), None), context.pool
 
     async def answer(conversation: Conversation) -> Reply:
         request = GenerationRequest(
@@ -64,3 +62,8 @@ def _pool_judge(context: StageContext, settings: Judge, position: int) -> Ask:
         return in_order(answer, conversations, concurrency=settings.concurrency)
 
     return ask
+
+
+def rendered(tokenizer: Any, conversation: list[dict[str, str]]) -> str:
+    """The conversation in the tokenizer's chat template, up to where the model's answer begins."""
+    return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from montessori_ray.artifacts.run import Artifact
 from montessori_ray.stages.base import StageContext
 from montessori_ray.stages.judging import commit_parts, open_judge, rendered
 from montessori_ray.stages.synthesize import concurrency_of, request_for, seed_of
+
+if TYPE_CHECKING:
+    from montessori_ray.evaluation.judge import Pair
 
 
 def answer_held_out(context: StageContext) -> dict[str, Any]:
@@ -50,7 +53,7 @@ def judge_answers(context: StageContext) -> dict[str, Any]:
 
     settings = context.config.evaluate.judge
     assert settings is not None, "the stage exists where there is a judge"
-    ask = open_judge(context, settings, position=2)
+    ask = open_judge(context, settings, model=2)
     pairs = _pairs(context.input(0), context.input(1))
     done = {(row["example_id"], row["shown_first"]) for row in context.output.rows(["example_id", "shown_first"])}
     commit_parts(context, judge_pairs(pairs, ask, done=done), 2 * len(pairs), unit="verdicts")
@@ -61,8 +64,8 @@ def judge_answers(context: StageContext) -> dict[str, Any]:
     }
 
 
-def _pairs(candidate: Artifact, baseline: Artifact) -> list[Any]:
-    from montessori_ray.evaluation.judge import Pair
+def _pairs(candidate: Artifact, baseline: Artifact) -> list[Pair]:
+    from montessori_ray.evaluation.judge import Pair  # late: see stages/__init__.py
 
     answers = {row["example_id"]: row["response"] for row in baseline.rows()}
     return [

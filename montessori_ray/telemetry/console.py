@@ -78,6 +78,9 @@ class Console:
         if result is not None:
             for table in result_tables(result.details):
                 self.rich.print(table)
+        judged = run.artifact("final/win_rate").manifest()
+        if judged is not None:
+            self.rich.print(Text(said_of_win_rate(judged.details)), "")
         comparison = run.artifact("compare/result").manifest()
         if comparison is not None:
             for part in comparison_tables(comparison.details):
@@ -212,6 +215,38 @@ def say_counts(counts: Sequence[int]) -> str:
     """`96`, or `94 to 96` where they differ."""
     low, high = min(counts), max(counts)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def benchmark_table(results: dict[str, Any]) -> Table:
+    """Metrics of the tasks of `evaluation.harness.run_benchmarks`; ± is the harness's standard error."""
+    table = Table(title=f"Benchmarks of {results['model']}", box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("task", no_wrap=True)
+    for name in ("shots", "questions"):
+        table.add_column(name, justify="right")
+    table.add_column("metrics")
+    for task, found in results["tasks"].items():
+        metrics = (
+            f"{name} {value['value']:.4f}" + (f" ± {value['stderr']:.4f}" if value["stderr"] is not None else "")
+            for name, value in found["metrics"].items()
+        )
+        table.add_row(task, str(found["shots"]), f"{found['questions']:,}", "\n".join(metrics))
+    return table
+
+
+def said_of_win_rate(details: dict[str, Any]) -> str:
+    """What a judge found, in a few lines."""
+    rate, controlled = details["win_rate"], details["length_controlled"]
+    lines = [
+        f"Win rate of the trained against the original student: {rate['mean']:.1%} (95 % interval {rate['low']:.1%} to "
+        f"{rate['high']:.1%}) of {details['pairs']} answers, judged by {details['judge']}",
+        f"  {details['wins']} won, {details['ties']} tied, {details['losses']} lost; the verdict followed the place "
+        f"instead of the answer in {details['follows_place']:.0%}",
+    ]
+    if controlled["win_rate"] is None:
+        lines.append(f"  no length-controlled win rate: {controlled['reason']}")
+    else:
+        lines.append(f"  length-controlled: {controlled['win_rate']:.1%} ± {controlled['standard_error']:.1%}")
+    return "\n".join(lines)
 
 
 BINS = 15

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from montessori_ray.errors import DataError
+from montessori_ray.errors import DataError, RunError
 from montessori_ray.evaluation.endpoint import Conversation, Reply
 from montessori_ray.evaluation.mt_bench import (
     answer_questions,
     grade,
+    grade_to_file,
     parse_rating,
     read_answers,
     read_questions,
@@ -96,6 +97,19 @@ def test_grading_continues_where_it_was_stopped(questions: Path) -> None:
     first = list(islice(grade(asked, answers, judge), 3))
     done = {(row["question_id"], row["turn"]) for row in first}
     assert first + list(grade(asked, answers, judge, done=done)) == list(grade(asked, answers, judge))
+
+
+def test_grades_are_kept_in_a_file_that_a_kill_may_cut(questions: Path, tmp_path: Path) -> None:
+    asked = read_questions(questions)
+    answers = answer_questions(asked, assistant)
+    whole = grade_to_file(asked, answers, judge, tmp_path / "whole.jsonl")
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines()
+    assert [json.loads(line)["rating"] for line in lines] == [3, 6, 5, 8, 5, 6]
+    (tmp_path / "cut.jsonl").write_text("\n".join(lines[:3]) + "\n" + lines[3][:20])
+    assert grade_to_file(asked, answers, judge, tmp_path / "cut.jsonl") == whole
+    assert (tmp_path / "cut.jsonl").read_text().splitlines() == lines
+    with pytest.raises(RunError, match="grades of other answers"):
+        grade_to_file(asked, answers | {101: ("5", "7")}, judge, tmp_path / "cut.jsonl")
 
 
 def test_answers_travel_in_mt_benchs_format(tmp_path: Path) -> None:
