@@ -74,6 +74,14 @@ def cluster_nodes() -> list[Bundle]:
     ]
 
 
+def free_nodes() -> list[Bundle]:
+    """CPUs and GPUs that nothing holds, of every living node of the connected cluster."""
+    return [
+        {"CPU": free.get("CPU", 0.0), "GPU": free.get("GPU", 0.0)}
+        for free in ray._private.state.available_resources_per_node().values()
+    ]
+
+
 def this_machine(cluster: Cluster) -> list[Bundle]:
     """The one node that a cluster started here would have."""
     gpus = ray._private.accelerators.NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
@@ -97,6 +105,14 @@ def unplaceable(bundles: Sequence[Bundle], nodes: Sequence[Bundle]) -> Bundle | 
         else:
             return bundle
     return None
+
+
+def rooms(bundles: Sequence[Bundle], free: Sequence[Bundle], at_most: int) -> int:
+    """How many times all of `bundles` fit into what is free, up to `at_most`."""
+    count = 0
+    while count < at_most and unplaceable([*bundles] * (count + 1), free) is None:
+        count += 1
+    return count
 
 
 def _exact(bundle: Bundle) -> dict[str, int]:

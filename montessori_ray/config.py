@@ -306,6 +306,7 @@ class Score(Section):
     speed_only = frozenset(
         {
             "groups",
+            "max_groups",
             "group_size",
             "worker",
             "zero_stage",
@@ -349,6 +350,9 @@ class Score(Section):
     a `learning_rate`; None takes the state beside the warmed student's weights (paper)."""
     groups: Count = 1
     """Scoring groups, each with a whole copy of the student."""
+    max_groups: Count | None = None
+    """Scoring groups there may be once scoring runs: further ones start when nodes join or others leave room, as long
+    as enough examples wait for them. None: no more than `groups`."""
     group_size: Count = 1
     """Ranks that share one copy."""
     worker: WorkerResources = WorkerResources()
@@ -360,7 +364,7 @@ class Score(Section):
     lease_timeout_s: Positive = 1800
     """Seconds after which a lease that was not returned is given to another group."""
     max_group_failures: Annotated[int, Field(ge=0)] = 3
-    """Times a scoring group is started again after it died."""
+    """Times a scoring group is started again after it died; the next time it is retired and the others go on."""
     backend: Literal["auto", "local", "zero"] = "auto"
     """`local`: the whole student on one device (20 bytes a weight). `zero`: in a DeepSpeed engine, sharded over the
     group by `zero_stage`. `auto`: local for groups of one rank."""
@@ -378,6 +382,8 @@ class Score(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if self.max_groups is not None and self.max_groups < self.groups:
+            raise ValueError(f"max_groups {self.max_groups} is below groups {self.groups}: raise it, or leave it out")
         if self.backend == "local" and self.group_size > 1:
             raise ValueError(
                 f"backend local holds the student on one device, group_size is {self.group_size}: raise groups "
@@ -387,6 +393,32 @@ class Score(Section):
             raise ValueError("compile is for backend local: an engine's hooks break a compiled pass")
         if self.precision == "tf32" and not self.worker.gpus:
             raise ValueError("precision tf32 needs worker.gpus: CPUs compute in float32 or bfloat16")
+        return self
+
+
+class Judge(Section):
+    """A model that says which of two answers is better: behind any OpenAI-compatible endpoint, or in the pool."""
+
+    speed_only = frozenset({"base_url", "api_key_env", "concurrency"})
+
+    model: str
+    """Name of the model at the endpoint, or `pool`: the original teacher, hosted in the teacher pool."""
+    base_url: str | None = None
+    """Address of the endpoint, e.g. http://host:8000/v1; None for `model: pool` only."""
+    api_key_env: str | None = None
+    """Environment variable that holds the endpoint's key; None sends none, as servers of one's own need none."""
+    max_tokens: Count = 512
+    """Longest reply, tokens: a reason in a few sentences and the verdict."""
+    concurrency: Count = 16
+    """Questions under way at once."""
+
+    @model_validator(mode="after")
+    def _is_somewhere(self) -> Self:
+        if (self.model == "pool") != (self.base_url is None):
+            raise ValueError(
+                f"model {self.model} with base_url {self.base_url}: a judge is either `pool`, without a base_url, or a "
+                "model's name at the base_url of an OpenAI-compatible endpoint"
+            )
         return self
 
 
@@ -406,6 +438,17 @@ class Pair(Section):
     """Pairs kept, widest difference of influence first; None keeps all."""
     below_noise: Literal["drop", "keep"] = "drop"
     """What happens to scores below the noise that `score.recheck` measured; there is none for `exact` in float32."""
+    judge: Judge | None = None
+    """Who grades the examples from 1 to 10 for `signal: llm_judge`."""
+
+    @model_validator(mode="after")
+    def _has_its_judge(self) -> Self:
+        if (self.signal == "llm_judge") != (self.judge is not None):
+            raise ValueError(
+                f"signal is {self.signal} and judge is {'set' if self.judge else 'not set'}: a judge grades for signal "
+                "llm_judge and for no other"
+            )
+        return self
 
 
 class DpoOptimizer(Optimizer):
@@ -438,32 +481,6 @@ class TuneTeacher(Training):
     """Tokens of prompt and completion (paper: 1024)."""
     eval_fraction: Fraction = 0.1
     """Share of few-shot prompts whose pairs are kept out of training to measure accuracy and margin; at least one."""
-
-
-class Judge(Section):
-    """A model that says which of two answers is better: behind any OpenAI-compatible endpoint, or in the pool."""
-
-    speed_only = frozenset({"api_key_env", "concurrency"})
-
-    model: str
-    """Name of the model at the endpoint, or `pool`: the original teacher, hosted in the teacher pool."""
-    base_url: str | None = None
-    """Address of the endpoint, e.g. http://host:8000/v1; None for `model: pool` only."""
-    api_key_env: str | None = None
-    """Environment variable that holds the endpoint's key; None sends none, as servers of one's own need none."""
-    max_tokens: Count = 512
-    """Longest reply, tokens: a reason in a few sentences and the verdict."""
-    concurrency: Count = 16
-    """Questions under way at once."""
-
-    @model_validator(mode="after")
-    def _is_somewhere(self) -> Self:
-        if (self.model == "pool") != (self.base_url is None):
-            raise ValueError(
-                f"model {self.model} with base_url {self.base_url}: a judge is either `pool`, without a base_url, or a "
-                "model's name at the base_url of an OpenAI-compatible endpoint"
-            )
-        return self
 
 
 class Evaluate(Section):

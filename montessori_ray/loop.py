@@ -15,7 +15,7 @@ from montessori_ray.cluster import Bundle, require_room
 from montessori_ray.config import Config, Training
 from montessori_ray.errors import ConfigError, RunError
 from montessori_ray.session import Session
-from montessori_ray.stages import evaluate, inputs, pair, score, split, synthesize, train, tune_teacher
+from montessori_ray.stages import evaluate, grade, inputs, pair, score, split, synthesize, train, tune_teacher, win_rate
 from montessori_ray.stages import schemas as columns
 from montessori_ray.stages.base import AnySettings, Stage, bundles_of, identity_of
 
@@ -56,6 +56,7 @@ def stages_of(config: Config) -> list[Stage]:
         stages += _fresh(config, "final", teachers, fresh_sets)
     stages += _train(config)
     stages += _evaluate(config, fresh_sets)
+    stages += _judge(config)
     return stages
 
 
@@ -169,6 +170,7 @@ def _tune(config: Config, name: str, teacher: str) -> list[Stage]:
                 settings=("seed", "synthesize.responses", "pool.dtype", "tune_teacher.candidates", "split.probing"),
             )
         )  # fmt: skip
+    grades = _grade(config, name, probed)
     return [
         *stages,
         Stage(
@@ -176,15 +178,30 @@ def _tune(config: Config, name: str, teacher: str) -> list[Stage]:
             inputs=(f"{name}/warmed_student", REFERENCE, probed), settings=("score", *STUDENT_KEYS),
             bundles=score_bundles(config), rows=config.split.probing,
         ),
+        *grades,
         Stage(
             name=f"{name}/pair", output=pairs, body=pair.pair, schema=columns.PAIRS,
-            inputs=(influence, samples), settings=("pair", "seed"),
+            inputs=(influence, samples, *(stage.output for stage in grades)), settings=("pair", "seed"),
         ),
         Stage(
             name=f"{name}/tune_teacher", output=f"{name}/teacher", body=tune_teacher.tune_teacher,
             inputs=(teacher, pairs), settings=("seed", "tune_teacher", "synthesize.prompt_style"),
             bundles=training_bundles(config.tune_teacher),
         ),
+    ]  # fmt: skip
+
+
+def _grade(config: Config, name: str, probed: str) -> list[Stage]:
+    """A judge's grades of the probed examples, where these are what pairs are made by."""
+    if config.pair.signal != "llm_judge" or config.pair.judge is None:
+        return []
+    in_pool = TEACHER if config.pair.judge.model == "pool" else None
+    return [
+        Stage(
+            name=f"{name}/grade", output=f"{name}/grades", body=grade.grade, schema=columns.GRADES,
+            inputs=(probed, *([in_pool] if in_pool else [])), teacher=in_pool, settings=("pair.judge",),
+            rows=config.split.probing,
+        )
     ]  # fmt: skip
 
 
@@ -238,6 +255,29 @@ def _evaluate(config: Config, fresh_sets: list[str]) -> list[Stage]:
         )
     )  # fmt: skip
     return stages
+
+
+def _judge(config: Config) -> list[Stage]:
+    """8. Have a judge compare what the original and the trained student answer to the held-out instructions."""
+    if config.evaluate.judge is None:
+        return []
+    answers = {"original": STUDENT, "trained": "final/student"}
+    in_pool = TEACHER if config.evaluate.judge.model == "pool" else None
+    return [
+        *(
+            Stage(
+                name=f"final/answer_{name}", output=f"final/answers_{name}", body=win_rate.answer_held_out,
+                schema=columns.ANSWERS, inputs=(HELD_OUT, student), teacher=student,
+                settings=("seed", "synthesize.responses", "pool.dtype", "student.chat_template"),
+            )
+            for name, student in answers.items()
+        ),
+        Stage(
+            name="final/win_rate", output="final/win_rate", body=win_rate.judge_answers, schema=columns.VERDICTS,
+            inputs=("final/answers_trained", "final/answers_original", *([in_pool] if in_pool else [])),
+            teacher=in_pool, settings=("evaluate.judge",),
+        ),
+    ]  # fmt: skip
 
 
 def training_bundles(training: Training) -> tuple[Bundle, ...]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from montessori_ray.cluster import Bundle, require_room, say_bundles, unplaceable
+from montessori_ray.cluster import Bundle, require_room, rooms, say_bundles, unplaceable
 from montessori_ray.errors import ResourceError
 
 NODE: Bundle = {"CPU": 16, "GPU": 8}
@@ -44,6 +44,24 @@ def test_the_first_bundle_that_finds_no_node(bundles: list[Bundle], nodes: list[
     before = [dict(node) for node in nodes]
     assert unplaceable(bundles, nodes) == first
     assert nodes == before
+
+
+@pytest.mark.parametrize(
+    ("bundles", "free", "at_most", "count"),
+    [
+        ([GPU_WORKER], [], 3, 0),
+        ([GPU_WORKER], [NODE], 3, 3),
+        ([GPU_WORKER], [NODE], 100, 8),
+        # All of a group or nothing of it.
+        ([GPU_WORKER] * 3, [NODE], 100, 2),
+        ([GPU_WORKER] * 3, [{"CPU": 16, "GPU": 2}, {"CPU": 16, "GPU": 1}], 100, 1),
+        ([{"CPU": 4}], [{"CPU": 3.9}, {"CPU": 3.9}], 100, 0),
+    ],
+)
+def test_how_many_whole_groups_fit_into_what_is_free(
+    bundles: list[Bundle], free: list[Bundle], at_most: int, count: int
+) -> None:
+    assert rooms(bundles, free, at_most) == count
 
 
 @settings(deadline=None)

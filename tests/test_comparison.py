@@ -117,6 +117,16 @@ def test_best_of_n_scores_what_the_original_teacher_wrote() -> None:
     assert by_output["arms/best/final/instructions"].teacher == "inputs/teacher"
 
 
+def test_a_judge_grades_what_is_scored() -> None:
+    judged = {"pair.signal": "llm_judge", "pair.judge": {"model": "pool"}}
+    by_output = {stage.output: stage for stage in stages_of_comparison(comparison({**ARMS, "judged": judged}))}
+    grades = by_output["iteration_00/grades"]
+    assert grades.inputs == ("iteration_00/probing_set", "inputs/teacher")
+    assert grades.teacher == "inputs/teacher"
+    pairs = by_output[by_output["arms/judged/tuning_0/iteration_00/teacher"].inputs[1]]
+    assert pairs.inputs == ("iteration_00/influence", "iteration_00/instructions", "iteration_00/grades")
+
+
 @pytest.mark.parametrize(
     ("arms", "message"),
     [
@@ -139,6 +149,7 @@ def test_repeated_seeds_are_refused() -> None:
     ("settings", "message"),
     [
         ({"pair.signl": "random"}, "compare.arms.x: unknown key pair.signl"),
+        ({"pair.signal": "llm_judge"}, "signal is llm_judge and judge is not set"),
         (
             {"tune_teacher.tunes": "nothing", "iterations": 2},
             "compare.arms.x: tune_teacher.tunes is nothing, so 2 iterations",

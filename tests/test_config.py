@@ -249,6 +249,7 @@ def test_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
         ("synthesize.generated_shots=9", r"synthesize\.generated_shots is larger than synthesize\.shots"),
         ("synthesize.responses.max_tokens=4096", r"synthesize\.responses\.max_tokens leaves no room .* 4096"),
         ("pool.max_model_len=1024", r"synthesize\.instructions\.max_tokens leaves no room .* 1024"),
+        ("score={groups: 3, max_groups: 2}", "score: max_groups 2 is below groups 3: raise it"),
         ("warm_up.micro_batch_size=5", "warm_up: batch_size 32 is not a multiple of micro_batch_size x workers = 5"),
         ("train_student.workers=3", "batch_size 32 is not a multiple of micro_batch_size x workers = 12"),
         ("tune_teacher.workers=2", "batch_size 2 is not a multiple of micro_batch_size x workers = 4"),
@@ -352,6 +353,7 @@ def test_content_settings_are_dotted_leaves_without_what_only_decides_speed(mini
         "pair.margin_se": 0.0,
         "pair.max_pairs": None,
         "pair.below_noise": "drop",
+        "pair.judge": None,
     }
 
 

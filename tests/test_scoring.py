@@ -5,10 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
+from montessori_ray.artifacts.storage import Storage
 from montessori_ray.cli import app
+from montessori_ray.config import score_settings
 from montessori_ray.telemetry.console import influence_tables
+from montessori_ray.telemetry.events import EventLog
 
 ROWS = [
     {"instruction": "Name a prime number.", "response": "Seven is a prime number."},
@@ -61,6 +65,21 @@ def test_a_student_without_moments_must_be_given_some_or_a_rate(files: dict[str,
     assert "has no optimizer.json, so the student was not warmed up" in words
     assert "data.warm_up" in words
     assert "score.learning_rate" in words
+
+
+def test_status_says_how_far_scoring_is_and_with_how_many_groups(tmp_path: Path) -> None:
+    file = {"path": "rows.jsonl", "response": "response"}
+    settings = score_settings(
+        {"run": str(tmp_path), "student": {"model": "m"}, "data": {"examples": file, "reference": file}}
+    )
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    EventLog(Storage(str(tmp_path))).write(
+        "progress", stage="score", done=40, total=100, unit="points", rate=2.0, note="3 of 4 groups"
+    )
+    result = CliRunner().invoke(app, ["status", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "0 of 4 stages done, next inputs/reference" in result.output
+    assert "score: 40/100 points · 2.00/s · 0:30 left · 3 of 4 groups (0:00 ago)" in result.output
 
 
 def test_tables_of_scores() -> None:

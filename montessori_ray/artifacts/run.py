@@ -97,6 +97,10 @@ class Artifact:
             return Path(json.loads(self.storage.read(f"{self.name}/{LOCATION}"))["path"])
         return self.storage.local_folder(self.name, cache_folder() / digest[:16])  # another model, another copy
 
+    def count(self) -> int:
+        """Number of committed rows, read from the parts' footers."""
+        return sum(self.storage.count_rows(part) for part in self.parts())
+
     # -- making it ----------------------------------------------------------------------------------------------
 
     def begun(self) -> tuple[Identity, float, float] | None:
@@ -170,7 +174,7 @@ class Artifact:
         identity, started, earlier = begun
         entries = [entry for entry in self._files() if entry not in (BEGUN, MANIFEST)]
         files = {entry: self.storage.digest(f"{self.name}/{entry}") for entry in entries}
-        rows = None if columns is None else sum(table.num_rows for table in self.tables([next(iter(columns))]))
+        rows = None if columns is None else self.count()
         manifest = Manifest(
             artifact=self.name, identity=identity, digest=files_digest(files), files=files, columns=columns or {},
             rows=rows, started=started, finished=time.time(), seconds=round(earlier + seconds, 3),

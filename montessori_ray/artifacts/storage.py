@@ -112,6 +112,11 @@ class Storage:
         with self.fs.open(self.path(name), "rb") as file:
             return pq.read_table(file, columns=columns, use_threads=False, pre_buffer=False)
 
+    def count_rows(self, name: str) -> int:
+        """Rows of a Parquet file."""
+        with self.fs.open(self.path(name), "rb") as file:
+            return int(pq.read_metadata(file).num_rows)
+
     def digest(self, name: str) -> str:
         """SHA-256 of a file, read in chunks."""
         digest = hashlib.sha256()

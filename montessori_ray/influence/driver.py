@@ -1,7 +1,7 @@
 """The driver's side of scoring: start the groups, feed the ledger, take rows out of it, end when all are in.
 
 Only a few leases' worth of examples and the rows of the last half second are in memory here or in the ledger, however
-many examples there are.
+many examples there are. The ledger may die: what the driver has handed over it keeps until it has the row.
 """
 
 from __future__ import annotations
@@ -14,24 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from montessori_ray.config import Score as ScoreSettings
-from montessori_ray.errors import ResourceError, UserError
+from montessori_ray.errors import ResourceError
+from montessori_ray.influence.group_runs import GroupRuns, Training
 from montessori_ray.influence.groups import Group, score_loop
-from montessori_ray.influence.ledger import Row
+from montessori_ray.influence.ledger import Outstanding, Row
 from montessori_ray.influence.ledger_actor import LedgerActor, LedgerState, release_leases
 from montessori_ray.telemetry.progress import ProgressChannel
-from montessori_ray.training.ray_train import start_training, stop_training, training_result
+from montessori_ray.training.ray_train import START_TIMEOUT_S, start_training
 
 LOOK_S = 0.5
 """Seconds between looks at the ledger."""
 
 LEASES_AHEAD = 4
-"""Leases a group that wait in the ledger after a look: a group scores no more than these until the next one."""
+"""Leases a group that wait in the ledger after a look, at least; twice what was scored since the last one, if more."""
 
-GOODBYE_S = 60.0
-"""Seconds groups get to end by themselves when all rows are in; a busy machine takes ten to stop their processes."""
+LEDGER_S = 300.0
+"""Seconds the ledger may take to answer, a new process for one that died included."""
 
 
 def score_examples(
@@ -48,8 +50,9 @@ def score_examples(
     progress: ProgressChannel,
     total: int,
     done: int,
+    note: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Score examples against a warmed student on `settings.groups` scoring groups.
+    """Score examples against a warmed student on `settings.groups` scoring groups, up to `settings.max_groups`.
 
     Args:
         student: directory of the warmed student, on storage all nodes see.
@@ -64,13 +67,14 @@ def score_examples(
         progress: told how many examples have a score.
         total: examples of the probing set.
         done: how many of them have a score already.
+        note: told one sentence when a group joins later or is retired.
 
     Returns:
         warmed_loss and null_step_loss (of the first group that was up), points and quarantined (rows of this call),
-        seconds, groups.
+        seconds, groups (how many were started).
 
     Raises:
-        ResourceError: every group failed for good, or none made progress for `settings.lease_timeout_s`.
+        ResourceError: every group failed for good, or nothing happened for longer than all timeouts together.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = LedgerActor
@@ -84,11 +88,11 @@ def score_examples(
         chat_template=chat_template,
         max_length=max_length,
     )
-    groups = _start_groups(group, name, storage)
+    groups = GroupRuns(partial(_start_group, group, name, storage), settings, note)
     try:
         pump = Pump(ledger, groups, settings, on_rows, progress, total, done)
-        pump.run(examples)
-        ray.wait(list(groups.values()), num_returns=len(groups), timeout=GOODBYE_S)
+        up = pump.run(examples)
+        groups.send_home(ledger, up)
     except KeyboardInterrupt:
         raise  # the driver ends, and Ray ends with it all that it started; see `stop_training` on cancelling
     except BaseException:
@@ -98,31 +102,26 @@ def score_examples(
     return pump.summary()
 
 
-def _stop(groups: dict[str, ray.ObjectRef[dict[str, Any]]], ledger: Any) -> None:
+def _stop(groups: GroupRuns, ledger: Any) -> None:
     """Give back what scoring holds of the cluster."""
-    for training in groups.values():
-        stop_training(training)
+    groups.stop()
     ray.kill(ledger)
 
 
-def _start_groups(first: Group, name: str, storage: str) -> dict[str, ray.ObjectRef[dict[str, Any]]]:
-    """Start `settings.groups` Ray Train runs, each like `first`; by group name."""
-    settings = first.settings
-    groups = [replace(first, name=f"group-{index}") for index in range(settings.groups)]
-    return {
-        group.name: start_training(
-            score_loop,
-            {"group": group},
-            name=f"{name}-{group.name}",
-            storage=storage,
-            workers=settings.group_size,
-            worker=settings.worker,
-            max_failures=settings.max_group_failures,
-            # At once: a group that waits for a lost node's replacement must not keep its leases from the others.
-            on_failure=partial(release_leases, group.ledger, group.name),
-        )
-        for group in groups
-    }
+def _start_group(like: Group, prefix: str, storage: str, name: str) -> Training:
+    """Start the Ray Train run of the group `name`."""
+    group = replace(like, name=name)
+    return start_training(
+        score_loop,
+        {"group": group},
+        name=f"{prefix}-{name}",
+        storage=storage,
+        workers=group.settings.group_size,
+        worker=group.settings.worker,
+        max_failures=group.settings.max_group_failures,
+        # At once: a group that waits for a lost node's replacement must not keep its leases from the others.
+        on_failure=partial(release_leases, group.ledger, name),
+    )
 
 
 class Pump:
@@ -131,7 +130,7 @@ class Pump:
     def __init__(
         self,
         ledger: Any,
-        groups: dict[str, ray.ObjectRef[dict[str, Any]]],
+        groups: GroupRuns,
         settings: ScoreSettings,
         on_rows: Callable[[list[Row]], None],
         progress: ProgressChannel,
@@ -139,27 +138,31 @@ class Pump:
         done: int,
     ) -> None:
         self._ledger = ledger
-        self._running = dict(groups)
+        self._groups = groups
         self._settings = settings
         self._on_rows = on_rows
         self._progress = progress
         self._total = total
         self._done = done
+        self._outstanding = Outstanding()
         self._points = self._quarantined = self._helpful = 0
         self._baselines: dict[str, float] = {}
-        self._failures: list[UserError] = []
+        self._joined: set[str] = set()
         self._start = self._last_news = time.monotonic()
 
-    def run(self, examples: Iterable[list[Row]]) -> None:
-        """Until every example has a row and the baselines are known."""
+    def run(self, examples: Iterable[list[Row]]) -> set[str]:
+        """Until every example has a row and the baselines are known; returns the groups at work then."""
         chunks = iter(examples)
         feeding = True
         while True:
-            state: LedgerState = ray.get(self._ledger.look.remote())
-            self._take(state)
-            if not feeding and not state.open and self._baselines:
-                return
-            feeding = feeding and self._feed(chunks, state.backlog)
+            state: LedgerState = _ask(self._ledger.look.remote())
+            rows = self._outstanding.take(state.rows)
+            self._report(rows, state)
+            if not feeding and not self._outstanding and self._baselines:
+                return state.up
+            if lost := self._outstanding.lost(state.open):
+                _ask(self._ledger.extend.remote(lost))
+            feeding = feeding and self._feed(chunks, state.backlog + len(lost), len(rows))
             self._watch(state)
 
     def summary(self) -> dict[str, Any]:
@@ -168,49 +171,67 @@ class Pump:
             "points": self._points,
             "quarantined": self._quarantined,
             "seconds": time.monotonic() - self._start,
-            "groups": self._settings.groups,
+            "groups": self._groups.started,
         }
 
-    def _take(self, state: LedgerState) -> None:
+    def _report(self, rows: list[Row], state: LedgerState) -> None:
         """Commit the rows that came in and report progress."""
-        if state.rows or (state.baselines and not self._baselines):
+        if rows or state.baselines.keys() != self._joined:
             self._last_news = time.monotonic()
+        self._joined = set(state.baselines)
         self._baselines = self._baselines or next(iter(state.baselines.values()), {})
-        if state.rows:
-            self._on_rows(state.rows)
-        self._points += len(state.rows)
-        self._quarantined += sum(row["quarantine"] is not None for row in state.rows)
-        self._helpful += sum(row["quarantine"] is None and row["influence"] < 0 for row in state.rows)
+        if rows:
+            self._on_rows(rows)
+        self._points += len(rows)
+        self._quarantined += sum(row["quarantine"] is not None for row in rows)
+        self._helpful += sum(row["quarantine"] is None and row["influence"] < 0 for row in rows)
         scored = self._points - self._quarantined
-        metrics = {"helpful": self._helpful / scored} if state.rows and scored else {}
-        note = f"{len(state.baselines)} of {self._settings.groups} groups"
-        self._progress.update(self._done + self._points, self._total, unit="points", note=note, **metrics)
+        metrics = {"helpful": self._helpful / scored} if rows and scored else {}
+        up = len(state.up)
+        note = f"{up} of {len(self._groups)} groups"
+        self._progress.update(self._done + self._points, self._total, unit="points", note=note, groups=up, **metrics)
 
-    def _feed(self, chunks: Iterator[list[Row]], backlog: int) -> bool:
+    def _feed(self, chunks: Iterator[list[Row]], backlog: int, scored: int) -> bool:
         """Keep a look's worth of leases waiting; False when there are no more examples."""
-        while backlog < LEASES_AHEAD * self._settings.groups * self._settings.lease_size:
+        while backlog < max(LEASES_AHEAD * len(self._groups) * self._settings.lease_size, 2 * scored):
             chunk = next(chunks, None)
             if chunk is None:
-                ray.get(self._ledger.complete.remote())
                 return False
-            ray.get(self._ledger.extend.remote(chunk))
+            self._outstanding.add(chunk)
+            _ask(self._ledger.extend.remote(chunk))
             backlog += len(chunk)
         return True
 
     def _watch(self, state: LedgerState) -> None:
-        """Wait until the next look; hand on the leases of groups that failed for good."""
-        ended, _ = ray.wait(list(self._running.values()), timeout=LOOK_S) if self._running else ([], [])
-        for name in [name for name, training in self._running.items() if training in ended]:
-            try:
-                training_result(self._running.pop(name))
-            except UserError as error:
-                self._failures.append(error)
-                ray.get(self._ledger.release.remote(name))
-        if len(self._failures) == self._settings.groups:
-            raise ResourceError(f"all {self._settings.groups} scoring groups failed; the first: {self._failures[0]}")
+        """Wait until the next look; hand on the leases of groups that failed for good, start groups where there is
+        room.
+
+        Raises:
+            ResourceError: nothing happened for longer than leases and the placing of groups may take.
+        """
+        for name in self._groups.watch(LOOK_S):
+            _ask(self._ledger.release.remote(name))
+        self._groups.grow(state.baselines, state.backlog)
+        patience = 2 * self._settings.lease_timeout_s + (self._settings.max_group_failures + 1) * START_TIMEOUT_S
         silent = time.monotonic() - self._last_news
-        if state.open and state.baselines and silent > 2 * self._settings.lease_timeout_s:
+        if self._outstanding and silent > patience:
             raise ResourceError(
-                f"no scoring group returned a row for {silent:.0f} s (twice score.lease_timeout_s): a worker hangs, "
-                "see its logs; the same command continues with the rows that are committed"
+                f"no scoring group joined, died or returned a row for {silent:.0f} s (more than twice "
+                "score.lease_timeout_s and the time to place a group): a worker hangs, see its logs; the same command "
+                "continues with the rows that are committed"
             )
+
+
+def _ask(answer: ray.ObjectRef[Any]) -> Any:
+    """Wait for the ledger.
+
+    Raises:
+        ResourceError: it cannot be started again.
+    """
+    try:
+        return ray.get(answer, timeout=LEDGER_S)
+    except GetTimeoutError:
+        raise ResourceError(
+            f"the ledger of the scoring groups has not answered for {LEDGER_S:.0f} s: the driver's node has no memory "
+            "or no processes left for it; the same command continues with the rows that are committed"
+        ) from None

@@ -55,9 +55,7 @@ def score_loop(settings: dict[str, Any]) -> None:
         max_length=group.max_length,
         worker=f"{group.name}@{socket.gethostname()}",
     )
-    if leader:
-        ray.get(group.ledger.join.remote(group.name, scorer.baselines))
-    leases = _Leases(group, leader)
+    leases = _Leases(group, scorer.baselines, leader)
     rows = _Rows(group, leader)
     for lease in leases:
         for example in lease.examples:
@@ -71,15 +69,16 @@ def score_loop(settings: dict[str, Any]) -> None:
 class _Leases:
     """The group's leases, on all its ranks, until scoring is over; the next one can be asked for beforehand."""
 
-    def __init__(self, group: Group, leader: bool) -> None:
+    def __init__(self, group: Group, baselines: dict[str, float], leader: bool) -> None:
         self._group = group
+        self._baselines = baselines
         self._leader = leader
         self._asked: ray.ObjectRef[Lease | Wait | None] | None = None
 
     def ask(self) -> None:
         """Ask for the next lease without waiting: late enough that no group holds examples it is far from scoring."""
         if self._leader and self._asked is None:
-            self._asked = self._group.ledger.lease.remote(self._group.name)
+            self._asked = self._group.ledger.lease.remote(self._group.name, self._baselines)
 
     def __iter__(self) -> Iterator[Lease]:
         while True:

@@ -4,6 +4,9 @@ The ledger holds only what is open: an example comes in with `extend`, goes out 
 its row, and is forgotten when the driver has drained that row. So it never grows with the data set, and a row that
 comes in a second time (from a lease that had been given up) is recognised by its example not being open any more.
 
+The ledger itself may die and start empty, and any call may run twice or its answer be lost. Nothing depends on it: the
+driver keeps what it has handed over until the row is there (`Outstanding`) and hands it over again.
+
 Plain Python; `ledger_actor.LedgerActor` puts it behind Ray.
 """
 
@@ -53,12 +56,20 @@ class _Out:
 class Ledger:
     """Leases over open probing examples.
 
-    Every example that is added is drained exactly once, whatever dies or comes late. A lease ends when its last row is
+    Every example that is added is drained once, whatever group dies or comes late. A lease ends when its last row is
     committed; it is returned to the front of the queue when its deadline passes (each commit on it postpones the
     deadline) or its group is released.
     """
 
-    def __init__(self, lease_size: int, lease_timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        lease_size: int,
+        lease_timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        first_lease: int = 0,
+    ) -> None:
+        """`first_lease`: number of the first lease; another one for every life of a ledger, so that what is committed
+        on a lease of an earlier life is taken for no other."""
         self._lease_size = lease_size
         self._timeout = lease_timeout_s
         self._clock = clock
@@ -66,21 +77,22 @@ class Ledger:
         self._pending: deque[str] = deque()
         self._out: dict[int, _Out] = {}
         self._deaths: Counter[str] = Counter()
-        self._finished: list[Row] = []
-        self._leases = 0
-        self._complete = False
+        self._finished: dict[str, Row] = {}
+        self._next_lease = first_lease
+        self._late: set[str] = set()
+        self._closed = False
 
     def extend(self, examples: Sequence[Row]) -> None:
-        """Add examples (rows with an `example_id` that was not added before) to the end of the queue."""
-        assert not self._complete, "extend after complete"
+        """Add examples (rows with an `example_id`) to the end of the queue; the ledger passes over those it has."""
         for example in examples:
-            assert example["example_id"] not in self._open, f"{example['example_id']} added twice"
-            self._open[example["example_id"]] = example
-            self._pending.append(example["example_id"])
+            example_id = example["example_id"]
+            if example_id not in self._open and example_id not in self._finished:
+                self._open[example_id] = example
+                self._pending.append(example_id)
 
-    def complete(self) -> None:
-        """No example will be added any more: groups are sent home once all are scored."""
-        self._complete = True
+    def close(self) -> None:
+        """Scoring is over: groups are sent home."""
+        self._closed = True
 
     def backlog(self) -> int:
         """Examples that wait for a lease (leases given up while their rows came in late count until passed over)."""
@@ -90,22 +102,31 @@ class Ledger:
         """Examples without a row yet."""
         return len(self._open)
 
+    def late(self) -> set[str]:
+        """Groups that let a lease run out and have not asked for another since: slow, hung or gone."""
+        self._return_expired()
+        return set(self._late)
+
     def lease(self, group: str) -> Lease | Wait | None:
         """The next examples for `group`; WAIT when there is none at the moment; None when scoring is over."""
+        self._late.discard(group)
+        if self._closed:
+            return None
         self._return_expired()
         ids = self._take()
         if not ids:
-            return None if self._complete and not self._open else WAIT
-        self._leases += 1
-        self._out[self._leases] = _Out(group, ids, self._clock() + self._timeout)
-        return Lease(self._leases, tuple(self._open[example_id] for example_id in ids))
+            return WAIT
+        lease = Lease(self._next_lease, tuple(self._open[example_id] for example_id in ids))
+        self._next_lease += 1
+        self._out[lease.id] = _Out(group, ids, self._clock() + self._timeout)
+        return lease
 
     def commit(self, lease_id: int, rows: Iterable[Row]) -> None:
         """Take in rows (each with an `example_id`) of a lease, even of one that has run out; duplicates are dropped."""
         for row in rows:
             if self._open.pop(row["example_id"], None) is not None:
                 self._deaths.pop(row["example_id"], None)
-                self._finished.append(row)
+                self._finished[row["example_id"]] = row
         out = self._out.get(lease_id)
         if out is not None:
             out.deadline = self._clock() + self._timeout
@@ -115,6 +136,7 @@ class Ledger:
 
     def release(self, group: str) -> None:
         """Return the leases of a group that died; an example it died over too often is quarantined."""
+        self._late.discard(group)
         held = [lease_id for lease_id, out in self._out.items() if out.group == group]
         ids = [id_ for lease_id in held for id_ in self._out[lease_id].open_ids if id_ in self._open]
         for lease_id in reversed(held):
@@ -124,7 +146,7 @@ class Ledger:
 
     def drain(self) -> list[Row]:
         """Rows that came in since the last call; each is handed over once."""
-        rows, self._finished = self._finished, []
+        rows, self._finished = list(self._finished.values()), {}
         return rows
 
     def _take(self) -> list[str]:
@@ -138,6 +160,7 @@ class Ledger:
     def _return_expired(self) -> None:
         now = self._clock()
         for lease_id in [lease_id for lease_id, out in self._out.items() if out.deadline <= now]:
+            self._late.add(self._out[lease_id].group)
             self._return(lease_id)
 
     def _return(self, lease_id: int) -> None:
@@ -150,4 +173,29 @@ class Ledger:
             reason = f"its scoring group died {MAX_DEATHS} times while scoring it"
             self._open.pop(example_id)
             del self._deaths[example_id]
-            self._finished.append(Score(example_id=example_id, quarantine=reason).row())
+            self._finished[example_id] = Score(example_id=example_id, quarantine=reason).row()
+
+
+class Outstanding:
+    """The driver's side of the book: examples it has handed to the ledger and has no row of yet.
+
+    What the ledger knows is a part of it, except where a ledger died or an answer got lost on the way.
+    """
+
+    def __init__(self) -> None:
+        self._examples: dict[str, Row] = {}
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def add(self, examples: Iterable[Row]) -> None:
+        """Examples are handed over."""
+        self._examples.update((example["example_id"], example) for example in examples)
+
+    def take(self, rows: Iterable[Row]) -> list[Row]:
+        """Those of the rows that are waited for: of each example the first, and no other."""
+        return [row for row in rows if self._examples.pop(row["example_id"], None) is not None]
+
+    def lost(self, open_: int) -> list[Row]:
+        """What must be handed over again to a ledger that has `open_` open examples; it passes over those it has."""
+        return list(self._examples.values()) if open_ < len(self._examples) else []

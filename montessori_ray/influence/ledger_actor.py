@@ -6,6 +6,7 @@ A file that imports no torch, which would more than double the memory of the act
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,27 +25,33 @@ class LedgerState:
     backlog: int
     open: int
     baselines: dict[str, dict[str, float]]
-    """By group that is up: `Scorer.baselines`."""
+    """By group that asked for a lease and did not die since: `Scorer.baselines`."""
+    late: set[str]
+    """Those of these groups that let a lease run out and were not heard of since."""
+
+    @property
+    def up(self) -> set[str]:
+        """Groups that are at work."""
+        return self.baselines.keys() - self.late
 
 
-@ray.remote(num_cpus=0)
+# Ray starts a ledger that died again, empty, and repeats the calls whose answer it has not seen; see `ledger.py`.
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class LedgerActor:
     """The ledger of one scoring stage and what its groups measured first; owned by the driver."""
 
     def __init__(self, lease_size: int, lease_timeout_s: float) -> None:
-        self._ledger = Ledger(lease_size, lease_timeout_s)
+        self._ledger = Ledger(lease_size, lease_timeout_s, first_lease=time.time_ns())
         self._baselines: dict[str, dict[str, float]] = {}
-
-    def join(self, group: str, baselines: dict[str, float]) -> None:
-        """A group is ready to score."""
-        self._baselines[group] = baselines
 
     def release(self, group: str) -> None:
         """A group died; its leases go back."""
         self._baselines.pop(group, None)
         self._ledger.release(group)
 
-    def lease(self, group: str) -> Lease | Wait | None:
+    def lease(self, group: str, baselines: dict[str, float]) -> Lease | Wait | None:
+        """`Ledger.lease`; says what the group measured every time, as the ledger may be a new one."""
+        self._baselines[group] = baselines
         return self._ledger.lease(group)
 
     def commit(self, lease_id: int, rows: Sequence[Row]) -> None:
@@ -53,8 +60,8 @@ class LedgerActor:
     def extend(self, examples: Sequence[Row]) -> None:
         self._ledger.extend(examples)
 
-    def complete(self) -> None:
-        self._ledger.complete()
+    def close(self) -> None:
+        self._ledger.close()
 
     def pid(self) -> int:
         """Process id, for measurements."""
@@ -62,7 +69,8 @@ class LedgerActor:
 
     def look(self) -> LedgerState:
         """The driver's look; takes the finished rows along."""
-        return LedgerState(self._ledger.drain(), self._ledger.backlog(), self._ledger.open(), dict(self._baselines))
+        ledger = self._ledger
+        return LedgerState(ledger.drain(), ledger.backlog(), ledger.open(), dict(self._baselines), ledger.late())
 
 
 def release_leases(ledger: Any, group: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 from montessori_ray.artifacts.run import LOCATION
@@ -49,7 +51,7 @@ def import_examples(context: StageContext[ScoreFiles]) -> dict[str, Any]:
     """Rows to score into `inputs/examples`."""
     from montessori_ray.data import read_examples  # late: see stages/__init__.py
 
-    return _store(context, list(read_examples(context.config.data.examples)))
+    return _store(context, read_examples(context.config.data.examples))
 
 
 def import_warmup_set(context: StageContext[ScoreFiles]) -> dict[str, Any]:
@@ -60,11 +62,19 @@ def import_warmup_set(context: StageContext[ScoreFiles]) -> dict[str, Any]:
     return _store(context, list(read_rows("warm_up", context.config.data.warm_up, needs_response=True)))
 
 
-def _store(context: StageContext[AnySettings], rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _store(context: StageContext[AnySettings], rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Write the rows part by part; nothing is left of them when one of them is refused."""
     context.output.discard_parts()
-    for start in range(0, len(rows), ROWS_A_PART):
-        context.append(rows[start : start + ROWS_A_PART])
-    return {"categories": len({row.get("category") for row in rows} - {None})}
+    categories: set[str | None] = set()
+    rows = iter(rows)
+    try:
+        while part := list(islice(rows, ROWS_A_PART)):
+            categories.update(row.get("category") for row in part)
+            context.append(part)
+    except DataError:
+        context.output.discard_parts()
+        raise
+    return {"categories": len(categories - {None})}
 
 
 def import_teacher(context: StageContext) -> dict[str, Any]:

@@ -10,7 +10,10 @@ from montessori_ray.stages.base import StageContext
 
 
 def pair(context: StageContext) -> dict[str, Any]:
-    """Pairs among the scored examples of each few-shot prompt; inputs are the influence and the sampled outputs."""
+    """Pairs among the scored examples of each few-shot prompt.
+
+    Inputs: the influence, the sampled outputs, and the grades where a judge's are the signal.
+    """
     settings, seed = context.config.pair, context.config.seed
     recheck = context.input(0).require().details["recheck"] or {"noise": 0.0}
     by_influence = settings.signal in ("influence", "shuffled_labels")
@@ -32,6 +35,9 @@ def _scored_samples(context: StageContext) -> Iterator[dict[str, Any]]:
         for row in context.input(0).rows(["example_id", "influence", "influence_se", "example_loss"])
         if row["influence"] is not None
     }
+    if len(context.stage.inputs) > 2:
+        grades = {row["example_id"]: row["grade"] for row in context.input(2).rows(["example_id", "grade"])}
+        scores = {id: row | {"grade": grades[id]} for id, row in scores.items() if grades.get(id) is not None}
     for row in context.input(1).rows(["example_id", "prompt_id", "prompt", "raw_output"]):
         if row["example_id"] in scores:
             yield row | scores[row["example_id"]]

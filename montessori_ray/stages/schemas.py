@@ -78,6 +78,14 @@ INFLUENCE = pa.schema(
     ]
 )
 
+GRADES = pa.schema(
+    [
+        ("example_id", pa.string()),
+        ("grade", pa.float64()),  # 1 to 10, null where the judge gave none
+        ("reply", pa.string()),
+    ]
+)
+
 PAIRS = pa.schema(
     [
         ("prompt_id", pa.string()),
@@ -88,6 +96,26 @@ PAIRS = pa.schema(
         ("rejected_id", pa.string()),
         ("chosen_influence", pa.float64()),
         ("rejected_influence", pa.float64()),
+    ]
+)
+
+ANSWERS = pa.schema(
+    [
+        ("example_id", pa.string()),
+        ("instruction", pa.string()),
+        ("response", pa.string()),
+        ("finish_reason", pa.string()),
+        ("num_tokens", pa.int32()),
+    ]
+)
+"""What a student answers to held-out instructions."""
+
+VERDICTS = pa.schema(
+    [
+        ("example_id", pa.string()),
+        ("shown_first", pa.string()),  # candidate or baseline
+        ("verdict", pa.string()),  # candidate, baseline, tie; unparsed or refused where the judge gave none
+        ("reply", pa.string()),
     ]
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from statistics import fmean, stdev
@@ -21,7 +22,7 @@ def score(context: StageContext[AnySettings]) -> dict[str, Any]:
     """Score the examples of all inputs after the warmed student and the reference set; continues row by row."""
     from montessori_ray.influence.driver import score_examples  # late: see stages/__init__.py
 
-    scored = set(context.output.column("example_id"))
+    scored = context.output.count()
     sets = [context.input(position) for position in range(2, len(context.stage.inputs))]
     total = sum(examples.require().rows or 0 for examples in sets)
     prompt_of: dict[str, str] = {}
@@ -30,7 +31,7 @@ def score(context: StageContext[AnySettings]) -> dict[str, Any]:
         marked = mark_rechecks(
             (row for examples in sets for row in examples.rows()), context.config.score.recheck, total
         )
-        rows = (row for row in marked if row["example_id"] not in scored)
+        rows = without(marked, (row["example_id"] for row in context.output.rows(["example_id"])))
         while chunk := list(islice(rows, ROWS_A_CHUNK)):
             prompt_of.update((row["example_id"], row["prompt_id"]) for row in chunk)
             yield chunk
@@ -40,14 +41,30 @@ def score(context: StageContext[AnySettings]) -> dict[str, Any]:
 
     student = context.config.student
     summary: dict[str, Any] = {}
-    if len(scored) < total:
+    if scored < total:
         summary = score_examples(
             student=context.model(0), examples=chunks(), reference=list(context.input(1).rows()), on_rows=commit,
             settings=context.config.score, chat_template=student.chat_template, max_length=student.max_length,
             name=context.train_name, storage=context.run.train_storage(), progress=context.progress,
-            total=total, done=len(scored),
+            total=total, done=scored, note=context.note,
         )  # fmt: skip
-    return summary | summarise(list(context.output.rows(SUMMARY_COLUMNS)))
+    return summary | summarise(context.output.rows(SUMMARY_COLUMNS))
+
+
+def without(rows: Iterable[dict[str, Any]], scored: Iterator[str]) -> Iterator[dict[str, Any]]:
+    """The rows whose `example_id` is not among the `scored` ones.
+
+    Scores come in nearly in the order of the rows, so only ids that are ahead of their row are held, not all of them.
+    """
+    ahead: set[str] = set()
+    for row in rows:
+        example_id = row["example_id"]
+        while example_id not in ahead and (id_ := next(scored, None)) is not None:
+            ahead.add(id_)
+        if example_id in ahead:
+            ahead.remove(example_id)
+        else:
+            yield row
 
 
 def mark_rechecks(rows: Iterable[dict[str, Any]], recheck: int, total: int) -> Iterator[dict[str, Any]]:
@@ -64,17 +81,22 @@ def mark_rechecks(rows: Iterable[dict[str, Any]], recheck: int, total: int) -> I
         yield {**row, "recheck": bool(every) and number % every == 0}
 
 
-def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Mean influence with its standard error over examples, the share that helps, noise, quarantined by reason."""
-    influences = [row["influence"] for row in rows if row["influence"] is not None]
+    influences, noise = array("d"), array("d")
     reasons: dict[str, int] = {}
+    rechecked: list[dict[str, Any]] = []
     for row in rows:
         if row["quarantine"] is not None:
             reasons[row["quarantine"]] = reasons.get(row["quarantine"], 0) + 1
+        if row["influence"] is not None:
+            influences.append(row["influence"])
+        if row["influence_se"] is not None:
+            noise.append(row["influence_se"])
+        if row["recheck_influence"] is not None:
+            rechecked.append(row)
     if not influences:
         return {"scored": 0, "quarantined": reasons, "recheck": None}
-    noise = [row["influence_se"] for row in rows if row["influence_se"] is not None]
-    rechecked = [row for row in rows if row["recheck_influence"] is not None]
     return {
         "scored": len(influences),
         "influence": mean_se(influences),

@@ -54,10 +54,10 @@ def synthesize_instructions(
     while prompts := writer.next_prompts():
         texts = [render(tokenizer, style, prompt.shots) for prompt in prompts]
         requests = [
-            _request(text, settings.instructions, settings.n, prompt.seed, style.stop)
+            request_for(text, settings.instructions, settings.n, prompt.seed, style.stop)
             for prompt, text in zip(prompts, texts, strict=True)
         ]
-        for position, samples in context.pool.generate_all(requests, concurrency=_concurrency(context, settings.n)):
+        for position, samples in context.pool.generate_all(requests, concurrency=concurrency_of(context, settings.n)):
             raw_outputs = [sample.text for sample in samples]
             uncommitted += writer.judge(prompts[position], texts[position], raw_outputs, digest)
             if len(uncommitted) >= settings.commit_prompts * settings.n or position == len(prompts) - 1:
@@ -67,13 +67,14 @@ def synthesize_instructions(
     return {"samples": writer.statuses.total(), "kept": writer.num_kept, "statuses": dict(writer.statuses)}
 
 
-def _concurrency(context: StageContext, n: int) -> int:
+def concurrency_of(context: StageContext, n: int) -> int:
     """Requests in flight that fill every replica's batch, and a few to wait at the door."""
     pool = context.config.pool
     return pool.replicas * (max(1, pool.max_num_seqs // n) + 4)
 
 
-def _request(text: str, sampling: Sampling, n: int, seed: int, stop: tuple[str, ...]) -> GenerationRequest:
+def request_for(text: str, sampling: Sampling, n: int, seed: int, stop: tuple[str, ...]) -> GenerationRequest:
+    """`n` samples of a chat-rendered text."""
     return GenerationRequest(
         prompt=text, n=n, seed=seed, temperature=sampling.temperature, top_p=sampling.top_p,
         presence_penalty=sampling.presence_penalty, max_tokens=sampling.max_tokens, stop=stop,
@@ -140,7 +141,7 @@ def _answer_part(
     with fsspec.open(item["part"][0].as_py(), "rb") as file:
         rows = [row for row in rows_of(pq.read_table(file)) if row["status"] == KEPT]
     requests = [
-        replace(_request(row["instruction"], sampling, 1, _seed_of(row["example_id"], seed), ()), is_message=True)
+        replace(request_for(row["instruction"], sampling, 1, seed_of(row["example_id"], seed), ()), is_message=True)
         for row in rows
     ]
     for number, (sample,) in client.generate_all(requests, concurrency=concurrency):
@@ -174,11 +175,11 @@ def synthesize_candidates(context: StageContext) -> dict[str, Any]:
         for row in todo
     ]
     requests = [
-        _request(text, sampling, count, _seed_of(row["example_id"], config.seed), ())
+        request_for(text, sampling, count, seed_of(row["example_id"], config.seed), ())
         for row, text in zip(todo, texts, strict=True)
     ]
     uncommitted: list[dict[str, Any]] = []
-    for number, samples in context.pool.generate_all(requests, concurrency=_concurrency(context, count)):
+    for number, samples in context.pool.generate_all(requests, concurrency=concurrency_of(context, count)):
         uncommitted += [
             {
                 "example_id": f"{todo[number]['example_id']}-r{position}",
@@ -197,6 +198,6 @@ def synthesize_candidates(context: StageContext) -> dict[str, Any]:
     return {"instructions": len(probed)}
 
 
-def _seed_of(example_id: str, seed: int) -> int:
+def seed_of(example_id: str, seed: int) -> int:
     """A sampling seed of its own for every example, whichever batch it is in."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{example_id}".encode()).digest()[:4], "big")

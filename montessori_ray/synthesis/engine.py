@@ -14,7 +14,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs import TokensPrompt
@@ -46,9 +46,9 @@ class TeacherEngine:
                 "directory that every node sees"
             )
         _bind_children()
-        self._max_model_len = pool.max_model_len
         self._engine = _start(model_dir, pool)
         settings = self._engine.vllm_config.model_config
+        self._max_model_len: int = settings.max_model_len
         self._tokenizer = AutoTokenizer.from_pretrained(
             settings.tokenizer, trust_remote_code=settings.trust_remote_code
         )
@@ -63,7 +63,7 @@ class TeacherEngine:
         if len(token_ids) + request.max_tokens > self._max_model_len:
             raise ModelError(
                 f"a prompt of {len(token_ids)} tokens and an answer of up to {request.max_tokens} do not fit the "
-                f"teacher's context of {self._max_model_len} tokens: raise pool.max_model_len, or use shorter prompts "
+                f"model's context of {self._max_model_len} tokens: raise pool.max_model_len, or use shorter prompts "
                 "or a smaller max_tokens"
             )
         try:
@@ -100,7 +100,7 @@ def _engine_arguments(model_dir: str, pool: Pool) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "model": model_dir,
         "dtype": pool.dtype,
-        "max_model_len": pool.max_model_len,
+        "max_model_len": _context(model_dir, pool),
         "max_num_seqs": pool.max_num_seqs,
         "enable_prefix_caching": True,
         "disable_log_stats": True,
@@ -122,6 +122,12 @@ def _engine_arguments(model_dir: str, pool: Pool) -> dict[str, Any]:
     if kv_cache_gb is not None:
         arguments["kv_cache_memory_bytes"] = int(kv_cache_gb * _GIB)
     return arguments | pool.engine
+
+
+def _context(model_dir: str, pool: Pool) -> int:
+    """Tokens of the engine's context: a student that answers in the pool may have a shorter one than the teacher."""
+    limit = getattr(AutoConfig.from_pretrained(model_dir).get_text_config(), "max_position_embeddings", None)
+    return min(pool.max_model_len, limit or pool.max_model_len)
 
 
 def _sampling_params(request: GenerationRequest) -> SamplingParams:

@@ -59,9 +59,13 @@ class StageMonitor:
             return
         progress, rate = ray.get(self._board.read.remote(self._stage), timeout=10)
         self._console.progress(self._stage, progress, rate)
+        left = (progress.total - progress.done) / rate if progress.total and rate else None
+        values = {
+            "done": progress.done, "total": progress.total, "groups": progress.groups, "rate": rate,
+            "seconds_left": left,
+        }  # fmt: skip
         for name, gauge in self._gauges.items():
-            value = {"done": progress.done, "total": progress.total, "rate": rate}[name]
-            gauge.set(value or 0, tags={"stage": self._stage})
+            gauge.set(values[name] or 0, tags={"stage": self._stage})
         for step, name, value in progress.curves:
             self._tracker.log(self._stage, step, {name: value})
         self._write_event(progress, rate)
@@ -80,7 +84,10 @@ class StageMonitor:
 
 def _gauges() -> dict[str, Gauge]:
     """Metrics on the Ray dashboard and in Prometheus, one time series a stage."""
-    described = {"done": "units done", "total": "units planned", "rate": "units a second"}
+    described = {
+        "done": "units done", "total": "units planned", "rate": "units a second", "groups": "scoring groups at work",
+        "seconds_left": "seconds left",
+    }  # fmt: skip
     return {
         name: Gauge(f"montessori_stage_{name}", description=f"{text} in a stage", tag_keys=("stage",))
         for name, text in described.items()

@@ -7,7 +7,7 @@ nothing a stage does waits for a console.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -24,6 +24,8 @@ class Progress:
     total: int | None = None
     unit: str = "rows"
     note: str = ""
+    groups: int = 0
+    """Scoring groups at work."""
     first_done: int | None = None
     first_time: float = 0.0
     curves: list[tuple[int, str, float]] = field(default_factory=list)
@@ -42,12 +44,21 @@ class ProgressBoard:
     def __init__(self) -> None:
         self._stages: dict[str, Progress] = {}
 
-    def update(self, stage: str, done: int, total: int | None, unit: str, note: str, metrics: dict[str, float]) -> None:
+    def update(
+        self,
+        stage: str,
+        done: int,
+        total: int | None,
+        unit: str,
+        note: str,
+        groups: int,
+        metrics: dict[str, float],
+    ) -> None:
         """Record that `done` of `total` are finished and append metric points at step `done`."""
         progress = self._stages.setdefault(stage, Progress())
         if progress.first_done is None:
             progress.first_done, progress.first_time = done, time.monotonic()
-        progress.done, progress.unit, progress.note = done, unit, note
+        progress.done, progress.unit, progress.note, progress.groups = done, unit, note, groups
         progress.total = total if total is not None else progress.total
         progress.curves.extend((done, name, value) for name, value in metrics.items())
 
@@ -58,7 +69,7 @@ class ProgressBoard:
     def read(self, stage: str) -> tuple[Progress, float | None]:
         """Progress and rate of a stage; its metric points are handed over once."""
         progress = self._stages.setdefault(stage, Progress())
-        answer = Progress(progress.done, progress.total, progress.unit, progress.note, curves=progress.curves)
+        answer = replace(progress)
         progress.curves = []
         return answer, progress.rate()
 
@@ -71,11 +82,18 @@ class ProgressChannel:
     board: Any = None
 
     def update(
-        self, done: int, total: int | None = None, *, unit: str = "rows", note: str = "", **metrics: float
+        self,
+        done: int,
+        total: int | None = None,
+        *,
+        unit: str = "rows",
+        note: str = "",
+        groups: int = 0,
+        **metrics: float,
     ) -> None:
         """Report progress and, as keyword arguments, metrics of step `done`."""
         if self.board is not None:
-            self.board.update.remote(self.stage, done, total, unit, note, metrics)
+            self.board.update.remote(self.stage, done, total, unit, note, groups, metrics)
 
     def advance(self, done: int = 1) -> None:
         """Report that `done` more are finished, from one worker of many."""

@@ -10,7 +10,7 @@ that dies, or a later call with the same name and storage, goes on from the last
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import ray
@@ -19,7 +19,11 @@ from ray import cloudpickle
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.train import UserCallback
 from ray.train.torch import TorchConfig
-from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
+from ray.train.v2._internal.exceptions import (
+    UserExceptionWithTraceback,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
 
 # What `ray.train` and `ray.train.torch` hand out at run time; type checkers find version 1 of them there.
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -46,6 +50,10 @@ STOP_TIMEOUT_S = 20
 
 class TrainingFailed(UserError):  # noqa: N818 - what happened, as TrainingFailedError is Ray Train's own
     """A training run could not be placed or failed more often than allowed; the first cause in a sentence."""
+
+
+class NotPlaced(TrainingFailed):
+    """The workers of a training run found no room in time: nothing is wrong with the run itself."""
 
 
 def run_training(
@@ -122,17 +130,22 @@ def training_result(training: ray.ObjectRef[dict[str, Any]]) -> dict[str, Any]:
         raise
 
 
-def stop_training(training: ray.ObjectRef[dict[str, Any]]) -> None:
-    """Stop a run: when this returns its workers and placement group are gone. A finished run is left alone."""
+def stop_training(*trainings: ray.ObjectRef[dict[str, Any]]) -> None:
+    """Stop runs: when this returns their workers and placement groups are gone. Finished runs are left alone."""
     # Never a finished run: Ray 2.60 aborts the driver when a task it is told to cancel completes at that moment ("Tried
     # to complete task that was not pending").
-    if ray.wait([training], timeout=0)[0]:
-        return
-    ray.cancel(training)  # reaches Ray Train's interrupt handler, which aborts the controller and its workers
-    stopped, _ = ray.wait([training], timeout=STOP_TIMEOUT_S)
-    if not stopped:
+    running = _unfinished(trainings, 0)
+    for training in running:
+        ray.cancel(training)  # reaches Ray Train's interrupt handler, which aborts the controller and its workers
+    hanging = _unfinished(running, STOP_TIMEOUT_S)
+    for training in hanging:
         ray.cancel(training, force=True)
-        ray.wait([training], timeout=STOP_TIMEOUT_S)
+    _unfinished(hanging, STOP_TIMEOUT_S)
+
+
+def _unfinished(trainings: Sequence[ray.ObjectRef[Any]], timeout: float) -> list[ray.ObjectRef[Any]]:
+    """Those of the runs that have not ended after `timeout` seconds."""
+    return ray.wait(list(trainings), num_returns=len(trainings), timeout=timeout)[1] if trainings else []
 
 
 @ray.remote(num_cpus=0, max_calls=1)
@@ -168,7 +181,8 @@ def _fit(
     try:
         return cast(Result, trainer.fit()).return_value or {}
     except TrainingFailedError as error:
-        raise TrainingFailed(f"training {name} failed: {_first_cause(error, workers, worker)}") from None
+        failed = NotPlaced if _found_no_room(error) else TrainingFailed
+        raise failed(f"training {name} failed: {_first_cause(error, workers, worker)}") from None
 
 
 def worker_environment(worker: WorkerResources) -> dict[str, str]:
@@ -201,6 +215,11 @@ class _AfterFailure(UserCallback):
             cause = _unwrapped(failure)
             if isinstance(cause, UserError):
                 raise cause
+
+
+def _found_no_room(error: TrainingFailedError) -> bool:
+    """Whether the last attempt to place the workers ran into its timeout."""
+    return isinstance(error, ControllerError) and isinstance(error.controller_failure, WorkerGroupStartupTimeoutError)
 
 
 def _first_cause(error: TrainingFailedError, workers: int, worker: WorkerResources) -> str:

@@ -1,9 +1,10 @@
 """Scoring on a real Ray cluster: same rows whatever the groups, their size, or who is killed."""
 
 import os
+import re
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +43,20 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def score(
-    student: Path, examples: list[dict[str, Any]], storage: Path, kill_after: int | None = None, **settings: Any
+    student: Path,
+    examples: list[dict[str, Any]],
+    storage: Path,
+    kill_when: Callable[[list[dict[str, Any]]], bool] | None = None,
+    note: Callable[[str], None] | None = None,
+    **settings: Any,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rows in the order they came in, and the summary; SIGKILLs a worker once `kill_after` rows are in."""
+    """Rows in the order they came in, and the summary; SIGKILLs a worker once, when the rows so far say so."""
     result: list[dict[str, Any]] = []
     killed: list[int] = []
 
     def on_rows(new: list[dict[str, Any]]) -> None:
         result.extend(new)
-        if kill_after is not None and len(result) >= kill_after and not killed:
+        if kill_when is not None and not killed and kill_when(result):
             killed.append(scoring_worker())
             os.kill(killed[0], signal.SIGKILL)
 
@@ -66,8 +72,9 @@ def score(
         progress=ProgressChannel(),
         total=len(examples),
         done=0,
+        note=note,
     )
-    assert bool(killed) == (kill_after is not None)
+    assert bool(killed) == (kill_when is not None)
     return result, summary
 
 
@@ -125,12 +132,27 @@ def test_ranks_share_one_student(student: Path, tmp_path: Path, stage: int) -> N
         assert numbers == pytest.approx(expected[example_id][:-1], abs=1e-5)
 
 
-def test_a_killed_worker_loses_and_doubles_nothing(student: Path, tmp_path: Path) -> None:
-    examples = rows(300, 0)
-    got, summary = score(student, examples, tmp_path, kill_after=1, groups=2, lease_size=5)
-    assert sorted(row["example_id"] for row in got) == [row["example_id"] for row in examples]
-    assert values(got) == alone(student, examples)
-    assert summary["points"] == 300
+def test_a_group_joins_where_there_is_room_and_is_retired_when_it_dies(student: Path, tmp_path: Path) -> None:
+    texts = rows(300, 0)
+    examples = [{**texts[number % 300], "example_id": f"e{number}"} for number in range(3000)]
+    notes: list[str] = []
+
+    def both_score(so_far: list[dict[str, Any]]) -> bool:
+        return {row["worker"].partition("@")[0] for row in so_far} == {"group-0", "group-1"}
+
+    got, summary = score(
+        student, examples, tmp_path, both_score, notes.append, groups=1, max_groups=2, max_group_failures=0
+    )
+    joined, retired = notes
+    assert joined == "group-1 joins: the cluster has room for it"
+    assert re.fullmatch(
+        r"group-(\d) is retired, 1 go on: training scoring-group-\1 failed: worker 0 of 1 died \(.*", retired
+    )
+    assert sorted(row["example_id"] for row in got) == sorted(row["example_id"] for row in examples)
+    expected = alone(student, texts)
+    for row in got:
+        assert values([row])[row["example_id"]] == expected[f"e{int(row['example_id'][1:]) % 300:03d}"]
+    assert (summary["points"], summary["groups"]) == (3000, 2)
 
 
 def test_groups_that_cannot_load_the_student_end_the_stage(student: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Leases under random deaths, expiries and late commits: every example is drained exactly once."""
+"""Leases under random deaths, expiries, late commits and ledgers that die: every example has its row exactly once."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
 
-from montessori_ray.influence.ledger import MAX_DEATHS, WAIT, Lease, Ledger
+from montessori_ray.influence.ledger import MAX_DEATHS, WAIT, Lease, Ledger, Outstanding
 
 GROUPS = ("a", "b", "c")
 TIMEOUT = 10.0
@@ -46,12 +46,12 @@ def test_leases_go_out_in_order_and_end() -> None:
     ledger, _ = ledger_of(3)
     first, second = ledger.lease("a"), ledger.lease("b")
     assert (ids(first), ids(second)) == (["e0", "e1"], ["e2"])
-    assert ledger.lease("a") is WAIT
-    ledger.complete()
     for lease in (first, second):
         assert isinstance(lease, Lease)
         assert ledger.lease("a") is WAIT
         ledger.commit(lease.id, done(lease))
+    assert ledger.lease("a") is WAIT, "only the driver knows that all rows have arrived"
+    ledger.close()
     assert ledger.lease("a") is None
     assert [row["example_id"] for row in ledger.drain()] == ["e0", "e1", "e2"]
     assert ledger.drain() == []
@@ -114,22 +114,71 @@ def test_only_the_example_at_work_is_blamed_for_a_death() -> None:
     assert [row["example_id"] for row in ledger.drain()] == ["e0"]
 
 
+def test_a_group_that_lets_a_lease_run_out_is_late_until_it_asks_again_or_dies() -> None:
+    ledger, clock = ledger_of(4)
+    ledger.lease("a"), ledger.lease("b")
+    assert ledger.late() == set()
+    clock.now = TIMEOUT
+    assert ledger.late() == {"a", "b"}
+    ledger.lease("a")
+    ledger.release("b")
+    assert ledger.late() == set()
+
+
+def test_examples_handed_over_again_are_not_scored_again() -> None:
+    ledger, _ = ledger_of(3)
+    lease = ledger.lease("a")
+    assert isinstance(lease, Lease)
+    ledger.commit(lease.id, done(lease)[:1])
+    ledger.extend(examples(0, 3))
+    assert (ledger.open(), ledger.backlog()) == (2, 1)
+    assert ids(ledger.lease("a")) == ["e2"]
+    assert [row["example_id"] for row in ledger.drain()] == ["e0"]
+
+
+def test_what_a_dead_ledger_had_out_is_leased_again_and_late_rows_of_it_are_harmless() -> None:
+    outstanding = Outstanding()
+    outstanding.add(examples(0, 4))
+    before, _ = ledger_of(4)
+    old = before.lease("a")
+    assert isinstance(old, Lease)
+    after = Ledger(2, TIMEOUT, Clock(), first_lease=old.id + 1)
+    after.commit(old.id, done(old, "late"))
+    assert outstanding.take(after.drain()) == []
+    lost = outstanding.lost(after.open())
+    assert lost == examples(0, 4)
+    after.extend(lost)
+    new = after.lease("b")
+    assert isinstance(new, Lease)
+    assert ids(new) == ids(old)
+    after.commit(old.id, done(old, "late"))
+    after.commit(new.id, done(new, "again"))
+    assert [row["by"] for row in outstanding.take(after.drain())] == ["late", "late"]
+    assert (len(outstanding), outstanding.lost(after.open())) == (2, [])
+
+
 class LedgerMachine(RuleBasedStateMachine):
-    """Groups lease, commit in part, late or twice, die and hang, in any order."""
+    """Groups lease, commit in part, late or twice, die, hang; the ledger dies, its answers get lost; in any order."""
 
     leases = Bundle("leases")
 
     @initialize(lease_size=st.integers(1, 4))
     def start(self, lease_size: int) -> None:
         self.clock = Clock()
+        self.lease_size = lease_size
         self.ledger = Ledger(lease_size, TIMEOUT, self.clock)
+        self.outstanding = Outstanding()
         self.added = 0
-        self.drained: list[str] = []
+        self.lives = 0
+        self.rows: list[str] = []
 
-    @rule(count=st.integers(1, 5))
-    def extend(self, count: int) -> None:
-        self.ledger.extend(examples(self.added, count))
+    @rule(count=st.integers(1, 5), times=st.sampled_from((1, 1, 2)))
+    def extend(self, count: int, times: int) -> None:
+        new = examples(self.added, count)
         self.added += count
+        self.outstanding.add(new)
+        for _ in range(times):
+            self.ledger.extend(new)
 
     @rule(target=leases, group=st.sampled_from(GROUPS))
     def lease(self, group: str) -> Any:
@@ -149,23 +198,35 @@ class LedgerMachine(RuleBasedStateMachine):
         self.clock.now += seconds
 
     @rule()
-    def drain(self) -> None:
-        self.drained += [row["example_id"] for row in self.ledger.drain()]
+    def the_ledger_dies(self) -> None:
+        self.lives += 1
+        self.ledger = Ledger(self.lease_size, TIMEOUT, self.clock, first_lease=1_000_000 * self.lives)
+
+    @rule()
+    def an_answer_is_lost(self) -> None:
+        self.ledger.drain()
+
+    @rule()
+    def look(self) -> None:
+        self.rows += [row["example_id"] for row in self.outstanding.take(self.ledger.drain())]
+        self.ledger.extend(self.outstanding.lost(self.ledger.open()))
+        assert self.ledger.open() == len(self.outstanding)
 
     @invariant()
     def nothing_twice_nothing_kept(self) -> None:
-        assert len(set(self.drained)) == len(self.drained)
-        assert len(self.drained) + len(self.ledger._finished) + self.ledger.open() == self.added
+        assert len(set(self.rows)) == len(self.rows)
+        assert len(self.rows) + len(self.outstanding) == self.added
+        assert len(self.ledger._finished) + self.ledger.open() <= len(self.outstanding)
 
     def teardown(self) -> None:
         """One healthy group finishes what is left."""
-        self.ledger.complete()
+        self.look()
         self.clock.now += 2 * TIMEOUT
         while isinstance(lease := self.ledger.lease("healthy"), Lease):
             self.ledger.commit(lease.id, done(lease))
-        assert lease is None
-        self.drain()
-        assert sorted(self.drained) == sorted(row["example_id"] for row in examples(0, self.added))
+        self.look()
+        assert not self.outstanding
+        assert sorted(self.rows) == sorted(row["example_id"] for row in examples(0, self.added))
 
 
 LedgerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None, derandomize=True)
