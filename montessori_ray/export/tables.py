@@ -46,6 +46,10 @@ KINDS = {
         about="The same for what every teacher wrote to equal prompts; `example_id` begins with where in the loop.",
         texts=True,
     ),
+    "candidates": Kind(
+        config="candidates",
+        about="Several responses of the teacher to one instruction; `prompt_id` is the same for all.",
+    ),
     "pair": Kind(
         config="preference_pairs",
         about="`chosen` helps the student and `rejected` harms it; both are raw outputs sampled from `prompt`.",
@@ -67,10 +71,14 @@ class Split:
     columns: list[str]
 
 
+SINGLE = ("score", "final/training_set", "final/score_fresh", "compare/score_fresh")
+"""Stages of which a run has one."""
+
+
 def split_of(stage: Stage) -> str:
-    """`iteration_00`, `final`; `train` for what a run has only one of."""
-    place, _, kind = stage.name.partition("/")
-    return place if kind and kind not in ("training_set", "score_fresh") else "train"
+    """`iteration_00`, `final`, `random_tuning_0_final` for an arm of a comparison; `train` for a stage of its own."""
+    place = stage.name.removeprefix("arms/").rpartition("/")[0]
+    return "train" if stage.name in SINGLE else place.replace("/", "_")
 
 
 def write_split(run: Run, stage: Stage, folder: Path) -> Split:

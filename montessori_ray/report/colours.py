@@ -39,9 +39,12 @@ STAND_INS = {role: f"#fe{number:02x}fd" for number, role in enumerate(COLOURS)}
 """Role -> the colour a plot is drawn in; none of them is one that matplotlib draws by itself."""
 
 
+NUM_SERIES = sum(role.startswith("series-") for role in COLOURS)
+
+
 def series(number: int) -> str:
-    """Role of the line of this number; the colours come round again after four."""
-    return f"series-{number % 4}"
+    """Role of the line of this number; the colours come round again after NUM_SERIES."""
+    return f"series-{number % NUM_SERIES}"
 
 
 def css_variables() -> str:

@@ -13,12 +13,14 @@ WORK = {
     "responses": "synthesis",
     "fresh_instructions": "synthesis",
     "fresh_responses": "synthesis",
+    "candidates": "synthesis",
     "warm_up": "training the student",
     "train_student": "training the student",
     "score": "scoring influence",
     "score_fresh": "scoring influence",
     "tune_teacher": "tuning the teacher",
     "evaluate": "evaluation",
+    "measure_students": "evaluation",
 }
 """Kind of a stage -> the work it is; any other is `OTHER`."""
 
@@ -68,7 +70,7 @@ def costs(source: Source) -> Costs:
         manifest = source.manifests.get(stage.name)
         if manifest is None:
             continue
-        bundles = bundles_of(stage, source.config)
+        bundles = bundles_of(stage, stage.config or source.config)
         hours = manifest.seconds / 3600
         stages.append(
             Stage(

@@ -9,11 +9,12 @@ from markupsafe import Markup
 
 from montessori_ray.report import plots
 from montessori_ray.report.collect import Report
-from montessori_ray.report.colours import series
+from montessori_ray.report.colours import NUM_SERIES, series
 from montessori_ray.report.costs import Costs
 from montessori_ray.report.html import bar_cell, details, figure, figures, join, paragraph, preformatted, table
 from montessori_ray.report.learning import Training, reasons
 from montessori_ray.report.scores import Influence
+from montessori_ray.report.source import arm_of
 from montessori_ray.report.words import NONE, count, duration, number, percent
 from montessori_ray.telemetry.console import clock
 
@@ -76,17 +77,29 @@ def training(report: Report) -> Markup | None:
 
 
 def _curves(name: str, title: str, trainings: Sequence[Training], metric: str, unit: str) -> Markup | None:
+    roles = _roles(trainings)
     lines = [
-        plots.Curve(label=entry.name, points=entry.curves[metric], role=series(position))
-        for position, entry in enumerate(trainings)
+        plots.Curve(label=entry.name, points=entry.curves[metric], role=roles.get(_group(entry), "neutral"))
+        for entry in trainings
         if entry.curves.get(metric)
     ]
     return plots.curves(name, title, lines, xlabel="step", ylabel=unit) if lines else None
 
 
 def _keys(trainings: Sequence[Training]) -> list[tuple[str, str]]:
-    keys = [(series(position), entry.name) for position, entry in enumerate(trainings)]
-    return keys if len(keys) > 1 else []
+    """The legend, where there is more than one colour."""
+    roles = _roles(trainings)
+    return [(role, group) for group, role in roles.items()] if len(roles) > 1 else []
+
+
+def _roles(trainings: Sequence[Training]) -> dict[str, str]:
+    """A colour for each arm, or each training outside of arms; none where there are more than can be told apart."""
+    groups = list(dict.fromkeys(_group(entry) for entry in trainings))
+    return {group: series(position) for position, group in enumerate(groups)} if len(groups) <= NUM_SERIES else {}
+
+
+def _group(entry: Training) -> str:
+    return arm_of(entry.name) or entry.name
 
 
 # -- what was written -----------------------------------------------------------------------------------------------
@@ -110,7 +123,7 @@ def written(report: Report) -> Markup | None:
             role=series(position),
         )
         for reason in reasons(found)
-        for position, entry in enumerate(entry for entry in found if not entry.fresh)
+        for position, entry in enumerate(entry for entry in found if not entry.fresh and arm_of(entry.name) is None)
         for amount in [entry.rejected.get(reason, 0)]
         for share in [amount / max(entry.samples, 1)]
     ]  # fmt: skip

@@ -91,6 +91,9 @@ def _with_interval(mean: float, se: float, count: int, freedom: float) -> Mean:
 
 # -- losses ---------------------------------------------------------------------------------------------------------
 
+FRESH_OF_LOOP = "final/score_fresh"
+"""A comparison scores the fresh instructions of all arms together; see `arms`."""
+
 _ORIGINAL, _TRAINED, _HELD_OUT = "original", "trained", "held_out"
 
 
@@ -138,8 +141,8 @@ def _loss_rows(source: Source) -> dict[tuple[str, str], dict[str, tuple[float, s
 def fresh(source: Source) -> list[Fresh]:
     """By teacher, the original one first."""
     by_place: dict[str, list[float]] = {}
-    for _, _, artifact in source.finished("score_fresh"):
-        if source.has(artifact, ("example_id", "influence")):
+    for stage, _, artifact in source.finished("score_fresh"):
+        if stage.name == FRESH_OF_LOOP and source.has(artifact, ("example_id", "influence")):
             for row in artifact.rows(["example_id", "influence"]):
                 if row["influence"] is not None:
                     by_place.setdefault(row["example_id"].rsplit("-fresh-", 1)[0], []).append(row["influence"])

@@ -255,14 +255,21 @@ def _pairs(source: Source, influence: str) -> list[Pair]:
             }
             return [
                 Pair(
-                    chosen=cut(texts.get(row["chosen_id"]) or row["chosen"]),
-                    rejected=cut(texts.get(row["rejected_id"]) or row["rejected"]),
+                    chosen=cut(_told_apart(texts, row, "chosen")),
+                    rejected=cut(_told_apart(texts, row, "rejected")),
                     chosen_influence=row["chosen_influence"],
                     rejected_influence=row["rejected_influence"],
                 )
                 for row in widest
             ]
     return []
+
+
+def _told_apart(texts: dict[str, str | None], row: dict[str, Any], side: str) -> str:
+    """The instruction of a side; its raw output where there is none, or both answer the same one."""
+    instruction = texts.get(row[f"{side}_id"])
+    same = texts.get(row["chosen_id"]) == texts.get(row["rejected_id"])
+    return row[side] if same or not instruction else instruction
 
 
 def cut(text: str | None) -> str:

@@ -12,6 +12,9 @@ from montessori_ray.artifacts.run import Artifact, Run
 from montessori_ray.stages.base import AnySettings, Stage
 from montessori_ray.telemetry.events import read_events
 
+ARMS = "arms"
+"""Folder of what the arms of a comparison do not share (`montessori_ray.comparison`)."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -51,12 +54,19 @@ class Source:
 
 
 def place(stage: str) -> str:
-    """Where in the loop a stage stands: `iteration_01/score` -> `iteration 1`, `final/...` -> `final`."""
-    folder, _, rest = stage.partition("/")
-    return (
-        f"iteration {int(folder.removeprefix('iteration_'))}"
-        if folder.startswith("iteration_")
-        else folder
-        if rest
-        else ""
-    )
+    """Where a stage stands: `iteration 1` for `iteration_01/score`, `random, tuning 0, final` for
+    `arms/random/tuning_0/final/instructions`, nothing for a stage by itself.
+    """
+    folders = [folder for folder in stage.split("/")[:-1] if folder != ARMS]
+    return ", ".join(_folder(folder) for folder in folders)
+
+
+def _folder(name: str) -> str:
+    words, _, last = name.rpartition("_")
+    return f"{words.replace('_', ' ')} {int(last)}" if words and last.isdecimal() else name.replace("_", " ")
+
+
+def arm_of(stage: str) -> str | None:
+    """The arm of a comparison that a stage belongs to; None for what arms share, and outside of comparisons."""
+    parts = stage.split("/")
+    return parts[1].replace("_", " ") if parts[0] == ARMS else None

@@ -18,7 +18,7 @@ from montessori_ray.errors import RunError
 from montessori_ray.export import tables
 from montessori_ray.export.cards import hub_name
 from montessori_ray.export.write import Exported, export_run, upload
-from tests.report.synthetic import HOSTILE, RunWriter, loop_writer, scores_writer
+from tests.report.synthetic import HOSTILE, RunWriter, comparison_writer, loop_writer, scores_writer
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +129,17 @@ def test_a_run_that_only_scores(tmp_path: Path) -> None:
     (row, *_) = load_dataset(str(tmp_path / "out"), "influence")["train"]
     assert row["instruction"]
     assert math.isfinite(row["influence"])
+
+
+def test_a_comparison_has_a_split_for_every_arm_and_seed(tmp_path: Path) -> None:
+    writer = comparison_writer(tmp_path)
+    writer.write("compare/result")
+    out = export_run(writer.run, writer.config, writer.stages, tmp_path / "out", models=False)
+    assert len({split.path for split in out.splits}) == len(out.splits)
+    loaded = load_dataset(str(tmp_path / "out"), "training_set")
+    assert {"train", "montessori_tuning_0_final", "responses_tuning_1_final"} < set(loaded)
+    rows = list(writer.run.artifact("arms/responses/tuning_1/final/training_set").rows())
+    assert list(loaded["responses_tuning_1_final"]) == rows
 
 
 def test_an_unfinished_run_exports_what_it_has(tmp_path: Path) -> None:

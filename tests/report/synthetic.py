@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pyarrow as pa
 import yaml
 
 from montessori_ray.artifacts.run import Run
+from montessori_ray.comparison import all_stages
 from montessori_ray.config import Config, ScoreFiles, load_config, score_settings
 from montessori_ray.loop import stages_of
 from montessori_ray.scoring import stages_of_scoring
@@ -179,7 +181,6 @@ class RunWriter:
     def _pair(self, stage: Stage) -> tuple[Rows, dict[str, Any]]:
         scored = [row for row in self._rows[stage.inputs[0]] if row["influence"] is not None]
         texts = {row["example_id"]: row for row in self._rows[stage.inputs[1]]}
-        helps, harms = ([row for row in scored if (row["influence"] < 0) == side] for side in (True, False))
         rows = [
             {
                 "prompt_id": chosen["prompt_id"],
@@ -191,9 +192,24 @@ class RunWriter:
                 "chosen_influence": chosen["influence"],
                 "rejected_influence": rejected["influence"],
             }
-            for chosen, rejected in zip(helps, harms, strict=False)
+            for chosen, rejected in product(scored, scored)
+            if chosen["prompt_id"] == rejected["prompt_id"] and chosen["influence"] < 0 < rejected["influence"]
         ]
         return rows, {"prompts": 10, "prompts_without_pair": {"all_helpful": 2, "single_example": 1}, "noise": 1e-4}
+
+    def _candidates(self, stage: Stage) -> tuple[Rows, dict[str, Any]]:
+        rows = [
+            {
+                **row,
+                "example_id": f"{row['example_id']}-{number}",
+                "prompt_id": row["example_id"],
+                "prompt": "A request.",
+                "raw_output": f"Answer {number} to {row['instruction']}",
+            }
+            for row in self._rows[stage.inputs[0]]
+            for number in range(2)
+        ]
+        return rows, {"responses": len(rows)}
 
     # -- training and evaluation ------------------------------------------------------------------------------------
 
@@ -237,6 +253,20 @@ def loop_writer(folder: Path, *overrides: str, tuned_helps: float = 2.0) -> RunW
     """A writer of a run of two iterations under `folder`."""
     config: Config = load_config(QUICKSTART, [f"run={folder / 'run'}", "iterations=2", *overrides])
     return RunWriter(config, stages_of(config), tuned_helps)
+
+
+def comparison_writer(folder: Path) -> RunWriter:
+    """A writer of a comparison of four arms with two tuning seeds, but for what is made of its measures."""
+    arms = {
+        "self_instruct": {"tune_teacher.tunes": "nothing"},
+        "montessori": {},
+        "shuffled_labels": {"pair.signal": "shuffled_labels"},
+        "responses": {"tune_teacher.tunes": "response"},
+    }
+    tree = load_config(QUICKSTART, [f"run={folder / 'arms'}"]).model_dump()
+    compare = {"arms": arms, "against": "self_instruct", "tuning_seeds": (0, 1)}
+    config = Config.model_validate(tree | {"compare": compare})
+    return RunWriter(config, all_stages(config), 0.0)
 
 
 def scores_writer(folder: Path) -> RunWriter:

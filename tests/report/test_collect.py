@@ -11,9 +11,9 @@ from scipy import stats
 from montessori_ray.report import results, scores
 from montessori_ray.report.collect import Report, collect
 from montessori_ray.report.costs import OUTSIDE
-from montessori_ray.report.source import Source
+from montessori_ray.report.source import Source, arm_of, place
 from montessori_ray.telemetry.events import EventLog
-from tests.report.synthetic import RunWriter, loop_writer, scores_writer
+from tests.report.synthetic import RunWriter, comparison_writer, loop_writer, scores_writer
 
 
 def report_of(writer: RunWriter, until: str | None = None) -> Report:
@@ -81,9 +81,9 @@ def test_categories_are_those_of_the_held_out_rows(finished: tuple[RunWriter, Re
 def test_fresh_influence_is_told_apart_by_teacher(finished: tuple[RunWriter, Report]) -> None:
     writer, report = finished
     rows = list(writer.run.artifact("final/fresh_influence").rows())
-    for entry, place in zip(report.fresh, ("iteration_00", "iteration_01", "final"), strict=True):
+    for entry, teacher in zip(report.fresh, ("iteration_00", "iteration_01", "final"), strict=True):
         values = [
-            row["influence"] for row in rows if row["example_id"].startswith(place) and row["influence"] is not None
+            row["influence"] for row in rows if row["example_id"].startswith(teacher) and row["influence"] is not None
         ]
         assert entry.influence.mean == pytest.approx(np.mean(values))
         assert entry.values == pytest.approx(sorted(values))
@@ -233,3 +233,35 @@ def test_an_empty_run(tmp_path: Path) -> None:
     report = report_of(loop_writer(tmp_path), "inputs/seeds")
     assert report.stages_done == 0
     assert report.cost.stages == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "said", "arm"),
+    [
+        ("iteration_01/score", "iteration 1", None),
+        ("final/training_set", "final", None),
+        ("score", "", None),
+        (
+            "arms/shuffled_labels/tuning_1/iteration_00/tune_teacher",
+            "shuffled labels, tuning 1, iteration 0",
+            "shuffled labels",
+        ),
+    ],
+)
+def test_places(stage: str, said: str, arm: str | None) -> None:
+    assert (place(stage), arm_of(stage)) == (said, arm)
+
+
+def test_a_comparison_is_more_of_the_same(tmp_path: Path) -> None:
+    writer = comparison_writer(tmp_path)
+    report = report_of(writer, "compare/result")
+    assert len(report.tunings) == 3 * 2
+    assert {entry.place for entry in report.pairs} == {
+        "iteration 0", "shuffled labels, iteration 0", "responses, iteration 0",
+    }  # fmt: skip
+    assert report.fresh == [], "arms are told of by the comparison, not as teachers tuned once, twice, ..."
+    (answers,) = [entry for entry in report.examples if entry.place.startswith("responses")]
+    assert answers.pairs[0].chosen != answers.pairs[0].rejected, "two answers to one instruction"
+    assert answers.pairs[0].chosen.startswith("Answer ")
+    seconds = [writer.run.artifact(stage.output).require().seconds for stage in writer.stages[:-1]]
+    assert report.cost.stage_seconds == pytest.approx(sum(seconds))

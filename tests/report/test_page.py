@@ -16,7 +16,7 @@ from montessori_ray.loop import run_loop
 from montessori_ray.report.html import Section, bar_cell, figure, page, paragraph, table, tiles
 from montessori_ray.report.run_page import SECTIONS
 from montessori_ray.report.write import write_report
-from tests.report.synthetic import HOSTILE, RunWriter, loop_writer, scores_writer
+from tests.report.synthetic import HOSTILE, RunWriter, comparison_writer, loop_writer, scores_writer
 
 VOID = {"meta", "input", "br", "link", "img"}
 
@@ -134,6 +134,13 @@ def test_a_run_with_nothing_yet_has_a_page(tmp_path: Path) -> None:
 def test_a_run_that_only_scores_has_the_sections_it_can(tmp_path: Path) -> None:
     _, text, _ = written(scores_writer(tmp_path))
     assert re.findall(r"<h2>([^<]+)</h2>", text) == ["Influence", "Examples", "Time and cost", "Environment"]
+
+
+def test_a_comparison_tells_arms_apart(tmp_path: Path) -> None:
+    _, text, document = written(comparison_writer(tmp_path), "compare/result")
+    assert len(document.ids) == len(set(document.ids))
+    (loss,) = re.findall(r"<h3>DPO loss</h3>(.*?)</ul>", text)
+    assert re.findall(r"</i>([^<]+)", loss) == ["montessori", "shuffled labels", "responses"]
 
 
 def test_numbers_that_are_none_are_null(tmp_path: Path) -> None:
