@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from montessori_ray.config import Judge
@@ -20,13 +19,20 @@ ROWS_A_PART = 32
 
 
 def commit_parts(context: StageContext, rows: Iterator[dict[str, Any]], total: int, *, unit: str) -> None:
-    """Commit rows of the output part by part as they come, with progress."""
+    """Commit rows of the output part by part as they come, with progress; those before an error too."""
     done = len(context.output.column("example_id"))
+    part: list[dict[str, Any]] = []
     context.progress.update(done, total, unit=unit)
-    while part := list(islice(rows, ROWS_A_PART)):
+    try:
+        for row in rows:
+            part.append(row)
+            done += 1
+            context.progress.update(done, total, unit=unit)
+            if len(part) == ROWS_A_PART:
+                context.append(part)
+                part = []
+    finally:
         context.append(part)
-        done += len(part)
-        context.progress.update(done, total, unit=unit)
 
 
 def open_judge(context: StageContext, settings: Judge, *, model: int) -> Ask:
