@@ -113,6 +113,10 @@ def upload(exported: Exported, repository: str) -> list[str]:
         except Exception as error:  # the client also lets errors of its HTTP library through
             raise RunError(
                 f"could not upload {folder} to {name}: {error}; the export is complete: log in with `hf auth login`, "
-                f"then `hf upload {name} {folder} --repo-type {kind}`"
+                f"then `hf upload {name} {folder} --repo-type {kind}{_without_models(kind)}`"
             ) from None
     return urls
+
+
+def _without_models(kind: str) -> str:
+    return f" --exclude '{MODELS}/**'" if kind == "dataset" else ""

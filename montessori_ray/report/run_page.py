@@ -71,8 +71,8 @@ def _key_figures(report: Report) -> list[Tile]:
         found.append(Tile("Examples that help", percent(first.share_helpful), note))
         if not report.fresh:
             scale = page_results.influence_scale(report)
-            note = f"± {scale.number(first.mean.se, digits=2)}, negative helps"
-            found.append(Tile("Mean influence", scale.in_unit(scale.number(first.mean.mean)), note))
+            mean, _, error = scale.plus_minus(first.mean.mean, first.mean.se).partition(" ± ")
+            found.append(Tile("Mean influence", scale.in_unit(mean), f"± {error}, negative helps"))
     if report.pairs:
         prompts = sum(entry.prompts for entry in report.pairs)
         found.append(
