@@ -19,6 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from montessori_ray import loop
+from montessori_ray.calibration import calibrate as measure_scoring
+from montessori_ray.calibration import load_calibration, say_scoring
 from montessori_ray.cluster import address_of, cluster_nodes, connected, require_room, say_bundles, this_machine
 from montessori_ray.config import Config, load_config, score_settings
 from montessori_ray.errors import RunError, UserError
@@ -86,13 +88,33 @@ def plan(config: ConfigOption, overrides: Overrides = None) -> None:
     table.add_column("stage", no_wrap=True)
     table.add_column("rows", justify="right")
     table.add_column("asks for at once")
+    table.add_column("will take", no_wrap=True)
     stages = loop.stages_of(settings)
+    calibration = load_calibration(settings, open_run(settings.run))
     for stage in stages:
         rows = f"{stage.rows:,}" if stage.rows is not None else ""
-        table.add_row(stage.name, rows, say_bundles(loop.bundles_of(stage, settings)))
+        time_it = say_scoring(calibration, stage, settings) if calibration else ""
+        table.add_row(stage.name, rows, say_bundles(loop.bundles_of(stage, settings)), time_it)
     RichConsole(soft_wrap=True).print(table, f"cluster: {say_bundles(nodes)}", sep="")
+    if calibration is None:
+        typer.echo("how long scoring will take with these settings: `montessori calibrate` measures it")
     for stage in stages:
         require_room(stage.name, loop.bundles_of(stage, settings), nodes)
+
+
+@app.command()
+@said_plainly
+def calibrate(config: ConfigOption, overrides: Overrides = None) -> None:
+    """Measure on the cluster how long a point takes to score; `plan` then says what the score stages will take."""
+    settings = load_config(config, overrides)
+    measured = measure_scoring(settings)
+    typer.echo(
+        f"a group starts in {measured.start_s:.0f} s and scores a point in {measured.point_s:.3g} s, with all "
+        f"{settings.score.groups} at work"
+    )
+    for stage in loop.stages_of(settings):
+        if said := say_scoring(measured, stage, settings):
+            typer.echo(f"{stage.name}: {said}")
 
 
 def _nodes(settings: Config) -> list[dict[str, float]]:

@@ -21,6 +21,7 @@ from montessori_ray.stages.base import AnySettings, Stage, identity_of
 SEEDS, REFERENCE, HELD_OUT = "inputs/seeds", "inputs/reference", "inputs/held_out"
 TEACHER, STUDENT = "inputs/teacher", "inputs/student"
 STUDENT_KEYS = ("student.chat_template", "student.max_length")
+TRAINED_KEYS = (*STUDENT_KEYS, "student.lora")
 FIRST_WARMED = "iteration_00/warmed_student"
 """Fresh instructions of all teachers are scored against one student, so that only the teachers differ."""
 
@@ -123,7 +124,7 @@ def _tune(config: Config, name: str, teacher: str) -> list[Stage]:
         ),
         Stage(
             name=f"{name}/warm_up", output=warmed, body=train.warm_up, inputs=(STUDENT, warmup_set),
-            settings=("seed", "warm_up", *STUDENT_KEYS), bundles=training_bundles(config.warm_up),
+            settings=("seed", "warm_up", *TRAINED_KEYS), bundles=training_bundles(config.warm_up),
         ),
         Stage(
             name=f"{name}/score", output=influence, body=score.score_probing_set, schema=columns.INFLUENCE,
@@ -153,7 +154,7 @@ def _train_and_evaluate(config: Config, fresh_sets: list[str]) -> list[Stage]:
         ),
         Stage(
             name="final/train_student", output="final/student", body=train.train_student,
-            inputs=(STUDENT, "final/training_set"), settings=("seed", "train_student", *STUDENT_KEYS),
+            inputs=(STUDENT, "final/training_set"), settings=("seed", "train_student", *TRAINED_KEYS),
             bundles=training_bundles(config.train_student),
         ),
     ]  # fmt: skip
