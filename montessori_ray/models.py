@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from montessori_ray.artifacts.storage import cache_folder
 from montessori_ray.errors import ModelError
@@ -164,9 +164,15 @@ def _read_config(folder: Path, role: str) -> Any:
     if not (folder / "config.json").is_file():
         raise ModelError(f"the {role} in {folder} has no config.json: give the directory of a saved transformers model")
     try:
-        return AutoConfig.from_pretrained(folder).get_text_config()
+        config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"the config of the {role} in {folder} cannot be read: {_first_line(error)}") from None
+    if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"the {role} in {folder} is a {config.model_type}, no causal language model: give one that transformers' "
+            "AutoModelForCausalLM loads"
+        )
+    return config.get_text_config()
 
 
 def _check_weights(folder: Path, role: str) -> None:
