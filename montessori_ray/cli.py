@@ -21,6 +21,8 @@ from rich.text import Text
 
 from montessori_ray import comparison, loop
 from montessori_ray.artifacts.run import Run
+from montessori_ray.calibration import calibrate as measure_scoring
+from montessori_ray.calibration import load_calibration, say_scoring
 from montessori_ray.cluster import address_of, cluster_nodes, connected, require_room, say_bundles, this_machine
 from montessori_ray.config import Config, ScoreFiles, judge_settings, load_benchmarks, load_config, score_settings
 from montessori_ray.errors import RunError, UserError
@@ -96,13 +98,33 @@ def plan(config: ConfigOption, overrides: Overrides = None) -> None:
     table.add_column("stage", no_wrap=True)
     table.add_column("rows", justify="right")
     table.add_column("asks for at once", no_wrap=True)
+    table.add_column("will take", no_wrap=True)
     stages = comparison.all_stages(settings)
+    calibration = load_calibration(settings, open_run(settings.run))
     for stage in stages:
         rows = f"{stage.rows:,}" if stage.rows is not None else ""
-        table.add_row(stage.name, rows, say_bundles(bundles_of(stage, settings)))
+        time_it = say_scoring(calibration, stage, settings) if calibration else ""
+        table.add_row(stage.name, rows, say_bundles(bundles_of(stage, settings)), time_it)
     RichConsole(soft_wrap=True).print(table, f"cluster: {say_bundles(nodes)}", sep="")
+    if calibration is None:
+        typer.echo("how long scoring will take with these settings: `montessori calibrate` measures it")
     for stage in stages:
         require_room(stage.name, bundles_of(stage, settings), nodes)
+
+
+@app.command()
+@said_plainly
+def calibrate(config: ConfigOption, overrides: Overrides = None) -> None:
+    """Measure on the cluster how long a point takes to score; `plan` then says what the score stages will take."""
+    settings = load_config(config, overrides)
+    measured = measure_scoring(settings)
+    typer.echo(
+        f"a group starts in {measured.start_s:.0f} s and scores a point in {measured.point_s:.3g} s, with all "
+        f"{settings.score.groups} at work"
+    )
+    for stage in comparison.all_stages(settings):
+        if said := say_scoring(measured, stage, settings):
+            typer.echo(f"{stage.name}: {said}")
 
 
 def _nodes(settings: Config) -> list[dict[str, float]]:

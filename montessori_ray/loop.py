@@ -22,6 +22,7 @@ from montessori_ray.stages.base import AnySettings, Stage, bundles_of, identity_
 SEEDS, REFERENCE, HELD_OUT = "inputs/seeds", "inputs/reference", "inputs/held_out"
 TEACHER, STUDENT = "inputs/teacher", "inputs/student"
 STUDENT_KEYS = ("student.chat_template", "student.max_length")
+TRAINED_KEYS = (*STUDENT_KEYS, "student.lora")
 SPLIT_KEYS = ("split", "synthesize.drop_truncated")
 FIRST_WARMED = "iteration_00/warmed_student"
 """Fresh instructions of all teachers are scored against one student, so that only the teachers differ."""
@@ -145,7 +146,7 @@ def _warm_up(config: Config, name: str) -> list[Stage]:
         ),
         Stage(
             name=f"{name}/warm_up", output=warmed, body=train.warm_up, inputs=(STUDENT, warmup_set),
-            settings=("seed", "warm_up", *STUDENT_KEYS), bundles=training_bundles(config.warm_up),
+            settings=("seed", "warm_up", *TRAINED_KEYS), bundles=training_bundles(config.warm_up),
         ),
     ]  # fmt: skip
 
@@ -227,7 +228,7 @@ def _train(config: Config) -> list[Stage]:
         ),
         Stage(
             name="final/train_student", output="final/student", body=train.train_student,
-            inputs=(STUDENT, "final/training_set"), settings=("seed", "train_student", *STUDENT_KEYS),
+            inputs=(STUDENT, "final/training_set"), settings=("seed", "train_student", *TRAINED_KEYS),
             bundles=training_bundles(config.train_student),
         ),
     ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
@@ -16,10 +17,11 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from montessori_ray.artifacts.storage import cache_folder
 from montessori_ray.errors import ModelError
+from montessori_ray.training.adapters import ADAPTER_CONFIG, copy_base, has_adapter
 from montessori_ray.training.chat import load_tokenizer
 
 EMBEDDED = "embedded:"
@@ -112,6 +114,28 @@ def _smollm2_gguf() -> Path:
     return packed
 
 
+def base_of(adapter: Path) -> str:
+    """The model that an adapter's folder says it sits on.
+
+    Raises:
+        ModelError: it names none.
+    """
+    name = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not name:
+        raise ModelError(f"the adapter in {adapter} names no base model: set base_model_name_or_path in its config")
+    return str(name)
+
+
+def join_adapter(adapter: Path, output: Path) -> None:
+    """Copy an adapter, its tokenizer and moments, and the model it sits on into one folder.
+
+    Raises:
+        ModelError: the model cannot be found.
+    """
+    copy_base(resolve_model(base_of(adapter)), output)
+    shutil.copytree(adapter, output, dirs_exist_ok=True)
+
+
 def check_model(folder: Path, *, role: str, chat_template: str | None, context: int) -> None:
     """Find in a second or two what would otherwise fail a run after hours. Weights are looked at, not loaded.
 
@@ -124,6 +148,8 @@ def check_model(folder: Path, *, role: str, chat_template: str | None, context: 
     Raises:
         ModelError: config, weights, tokenizer or chat template are missing or damaged, or its context is too short.
     """
+    if role == "teacher" and has_adapter(folder):
+        raise ModelError(f"the teacher in {folder} is an adapter: merge it into its model and give that one's folder")
     config = _read_config(folder, role)
     _check_weights(folder, role)
     load_tokenizer(folder, chat_template)
@@ -138,9 +164,15 @@ def _read_config(folder: Path, role: str) -> Any:
     if not (folder / "config.json").is_file():
         raise ModelError(f"the {role} in {folder} has no config.json: give the directory of a saved transformers model")
     try:
-        return AutoConfig.from_pretrained(folder).get_text_config()
+        config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"the config of the {role} in {folder} cannot be read: {_first_line(error)}") from None
+    if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"the {role} in {folder} is a {config.model_type}, no causal language model: give one that transformers' "
+            "AutoModelForCausalLM loads"
+        )
+    return config.get_text_config()
 
 
 def _check_weights(folder: Path, role: str) -> None:
@@ -179,6 +211,8 @@ def prune_layers(model_dir: Path, layers: Sequence[int], output: Path) -> None:
     Raises:
         ModelError: a layer does not exist, or none would be left.
     """
+    if has_adapter(model_dir):
+        raise ModelError(f"{model_dir} is an adapter, layers are removed from whole models: merge it into one first")
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     config = model.config.get_text_config()
     count = config.num_hidden_layers

@@ -14,7 +14,15 @@ from typing import Any
 
 from montessori_ray.artifacts.run import Run
 from montessori_ray.config import ScoreFiles
-from montessori_ray.loop import REFERENCE, STUDENT, STUDENT_KEYS, run_stages, score_bundles, training_bundles
+from montessori_ray.loop import (
+    REFERENCE,
+    STUDENT,
+    STUDENT_KEYS,
+    TRAINED_KEYS,
+    run_stages,
+    score_bundles,
+    training_bundles,
+)
 from montessori_ray.stages import inputs, score, train
 from montessori_ray.stages import schemas as columns
 from montessori_ray.stages.base import Stage, StageContext
@@ -70,7 +78,7 @@ def stages_of_scoring(job: ScoreFiles) -> list[Stage]:
             ),
             Stage(
                 name="warm_up", output=WARMED, body=train.warm_up, inputs=(STUDENT, WARMUP_SET),
-                settings=("seed", "warm_up", *STUDENT_KEYS), bundles=training_bundles(job.warm_up),
+                settings=("seed", "warm_up", *TRAINED_KEYS), bundles=training_bundles(job.warm_up),
             ),
         ]  # fmt: skip
     stages.append(

@@ -7,14 +7,18 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BartConfig,
     GPT2Config,
     LlamaConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
+    T5Config,
 )
 
+from montessori_ray.config import Lora
 from montessori_ray.errors import ModelError
-from montessori_ray.models import check_model, model_digest, prune_layers, resolve_model
+from montessori_ray.models import check_model, join_adapter, model_digest, prune_layers, resolve_model
+from montessori_ray.training.adapters import add_adapter
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} </s>{% endfor %}"
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -146,3 +150,52 @@ def test_embedded_model_is_unpacked_once_and_answers(tmp_path):
     assert resolve_model("embedded:smollm2-135m-instruct", tmp_path) == folder
     assert folder.stat().st_mtime_ns == changed
     assert [entry.name for entry in tmp_path.iterdir()] == [folder.name]
+
+
+def save_adapter(folder: Path, base: Path) -> Path:
+    """An adapter's folder as PEFT users have it: no weights of its model, whose name is in its config."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    add_adapter(model, Lora(rank=2), seed=0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter.data)
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_is_joined_with_its_model(tmp_path):
+    base = save_model(tmp_path / "base")
+    adapter = save_adapter(tmp_path / "adapter", base)
+    join_adapter(adapter, tmp_path / "joined")
+    check_model(tmp_path / "joined", role="student", chat_template=None, context=64)
+    assert model_digest(tmp_path / "joined") != model_digest(base)
+    tokens = torch.tensor([[2, 3, 2]])
+    joined, apart, plain = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
+        for folder in (tmp_path / "joined", adapter, base)
+    )
+    assert torch.equal(joined, apart)
+    assert not torch.allclose(joined, plain)
+
+
+def test_what_an_adapter_cannot_be_is_said(tmp_path):
+    base = save_model(tmp_path / "base")
+    adapter = save_adapter(tmp_path / "adapter", base)
+    with pytest.raises(ModelError, match=r"the teacher in .* is an adapter: merge it"):
+        check_model(adapter, role="teacher", chat_template=None, context=64)
+    with pytest.raises(ModelError, match="is an adapter, layers are removed from whole models"):
+        prune_layers(adapter, [0], tmp_path / "pruned")
+    with pytest.raises(ModelError, match=r"student\.lora does not fit the student: .*nowhere"):
+        add_adapter(AutoModelForCausalLM.from_pretrained(base), Lora(targets=("nowhere",)), seed=0)
+    (base.parent / "gone").mkdir()
+    base.rename(base.parent / "gone/base")
+    with pytest.raises(ModelError, match="no model directory at"):
+        join_adapter(adapter, tmp_path / "joined")
+
+
+@pytest.mark.parametrize("config", [T5Config(vocab_size=8), BartConfig(vocab_size=8)])
+def test_a_model_that_writes_no_text_is_refused(tmp_path, config):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=rf"the student in .* is a {config.model_type}, no causal language model"):
+        check_model(tmp_path, role="student", chat_template=None, context=64)

@@ -28,6 +28,11 @@ class NotFiniteError(ArithmeticError):
 class Student(Protocol):
     """A warmed student on some backend. In a group of several ranks every method is called by all ranks alike."""
 
+    @property
+    def snapshot(self) -> str:
+        """Where the copy of the warmed state lies that `restore` reads: a device, or `pinned host memory`."""
+        ...
+
     def set_precision(self, precision: Precision) -> None:
         """How forward and backward passes compute from now on; weights and moments are float32 always."""
         ...

@@ -3,9 +3,9 @@
 Five buffers hold everything: the warmed weights, AdamW's two moments, the gradient of one example, and the stepped
 weights. A step reads the first four and writes the last one, so the warmed state is never touched and going back to it
 costs nothing. Two copies of the module look into the two weight buffers; no engine hooks are in their way, so their
-passes can be compiled.
+passes can be compiled. Weights that are not trained (all but an adapter's) lie in no buffer; both copies share them.
 
-Memory: 20 bytes a weight, and activations.
+Memory: 20 bytes a trained weight, 4 bytes another one, and activations.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from montessori_ray.influence.estimators import NotFiniteError
-from montessori_ray.influence.fingerprint import checksum, generator_states
+from montessori_ray.influence.fingerprint import checksum, generator_states, set_generator_states
 from montessori_ray.influence.moments import MOMENTS, open_moments
 from montessori_ray.influence.reference import Precision, ReferenceSet, ResponseLoss
 from montessori_ray.influence.update import AdamW, clip_scale
@@ -66,22 +66,31 @@ class LocalStudent:
         self._device = device
         self._pad_token_id = pad_token_id
         module = ResponseLoss(load_model(directory, 0).eval().to(device))
-        self._modules = {"warmed": module, "stepped": copy.deepcopy(module).requires_grad_(False)}
-        self._weights, self._stepped = (_flatten(copied) for copied in self._modules.values())
+        self._frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
+        shared = {id(parameter): parameter for parameter in self._frozen}
+        self._modules = {"warmed": module, "stepped": copy.deepcopy(module, shared)}
+        self._trained = {state: _trained(copied) for state, copied in self._modules.items()}
+        self._weights, self._stepped = (_flatten(parameters) for parameters in self._trained.values())
         self._gradient = torch.zeros_like(self._weights)
         self._moments = [torch.zeros_like(self._weights) for _ in MOMENTS]
         if rule.step:
             names = {parameter: name for name, parameter in module.model.named_parameters()}
             with open_moments(moments or directory, names) as read:
                 for moment, flat in zip(MOMENTS, self._moments, strict=True):
-                    for parameter, view in zip(module.parameters(), _views(module, flat), strict=True):
+                    for parameter, view in _views(self._trained["warmed"], flat):
                         view.copy_(read(moment, parameter))
-        _collect_gradients(module, self._gradient)
+        _collect_gradients(self._trained["warmed"], self._gradient)
+        _collect_gradients(self._trained["stepped"], None)
+        self._generators = generator_states()
         self._passes = {
             state: torch.compile(copied, dynamic=True) if compiled else copied
             for state, copied in self._modules.items()
         }
         self._state: Literal["warmed", "stepped"] = "warmed"
+
+    @property
+    def snapshot(self) -> str:
+        return "not needed"  # the warmed weights are never written to
 
     def set_precision(self, precision: Precision) -> None:
         for module in self._modules.values():
@@ -107,9 +116,11 @@ class LocalStudent:
 
     def restore(self) -> None:
         self._state = "warmed"
+        set_generator_states(self._generators)
 
     def digest(self) -> str:
-        tensors = [self._weights, *self._moments, *self._modules["warmed"].buffers(), *generator_states()]
+        kept = [*self._frozen, *self._modules["warmed"].buffers()]
+        tensors = [self._weights, *self._moments, *kept, *generator_states()]
         if self._state == "stepped":
             tensors.append(self._stepped)
         return hashlib.sha256(repr([checksum(tensor) for tensor in tensors]).encode()).hexdigest()
@@ -118,14 +129,12 @@ class LocalStudent:
         return reference.losses(self._passes[self._state], self._device)
 
     def reference_gradient(self, reference: ReferenceSet) -> list[Tensor]:
-        module = self._modules[self._state]
         gradient = torch.zeros_like(self._weights)
-        module.requires_grad_(True)
-        _collect_gradients(module, gradient)
-        for loss in reference.weighted_losses(module, self._device):
+        _collect_gradients(self._trained[self._state], gradient)
+        for loss in reference.weighted_losses(self._modules[self._state], self._device):
             loss.backward()
-        _collect_gradients(self._modules["stepped"].requires_grad_(False), None)
-        _collect_gradients(self._modules["warmed"], self._gradient)
+        _collect_gradients(self._trained["warmed"], self._gradient)
+        _collect_gradients(self._trained["stepped"], None)
         self.restore()
         return [gradient]
 
@@ -160,23 +169,29 @@ class LocalStudent:
         return zip(*(buffer.split(CHUNK[self._device.type]) for buffer in buffers), strict=True)
 
 
-def _flatten(module: nn.Module) -> Tensor:
-    """Put all parameters, tied ones once, end to end into one new buffer, which they then look into."""
-    flat = torch.cat([parameter.detach().reshape(-1) for parameter in module.parameters()])
-    for parameter, view in zip(module.parameters(), _views(module, flat), strict=True):
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    """Parameters that a step moves, tied ones once."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _flatten(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Put parameters end to end into one new buffer, which they then look into."""
+    flat = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
+    for parameter, view in _views(parameters, flat):
         parameter.data = view
     return flat
 
 
-def _collect_gradients(module: nn.Module, buffer: Tensor | None) -> None:
-    """Have backward passes add to a flat buffer, or to none."""
-    views = _views(module, buffer) if buffer is not None else (None for _ in module.parameters())
-    for parameter, view in zip(module.parameters(), views, strict=True):
+def _collect_gradients(parameters: Sequence[nn.Parameter], buffer: Tensor | None) -> None:
+    """Have backward passes add to a flat buffer, or leave these parameters out of them."""
+    for parameter, view in _views(parameters, buffer) if buffer is not None else ((p, None) for p in parameters):
         parameter.grad = view
+        parameter.requires_grad_(view is not None)
 
 
-def _views(module: nn.Module, flat: Tensor) -> Iterator[Tensor]:
+def _views(parameters: Sequence[nn.Parameter], flat: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Each parameter and its place in a flat buffer."""
     offset = 0
-    for parameter in module.parameters():
-        yield flat[offset : offset + parameter.numel()].view(parameter.shape)
+    for parameter in parameters:
+        yield parameter, flat[offset : offset + parameter.numel()].view(parameter.shape)
         offset += parameter.numel()

@@ -73,9 +73,18 @@ class Scorer:
         self._recheck: Estimator | None = None
 
     @property
-    def baselines(self) -> dict[str, float]:
-        """Reference loss of the warmed student and of the student after a null step."""
-        return {"warmed_loss": self._estimator.warmed_loss, "null_step_loss": self._estimator.null_step_loss}
+    def tokenizer(self) -> Any:
+        """The student's tokenizer."""
+        return self._chat.tokenizer
+
+    @property
+    def baselines(self) -> dict[str, Any]:
+        """Reference loss of the warmed student and of the student after a null step; where its snapshot lies."""
+        return {
+            "warmed_loss": self._estimator.warmed_loss,
+            "null_step_loss": self._estimator.null_step_loss,
+            "snapshot": self._student.snapshot,
+        }
 
     def score(self, example: Mapping[str, Any]) -> Score:
         """Score one row (example_id, instruction, response; with a true `recheck`, a second time, exact in float32)."""
@@ -131,7 +140,7 @@ def open_student(directory: Path, settings: ScoreSettings, pad_token_id: int) ->
     state = Path(settings.optimizer_state or directory)
     kwargs: dict[str, Any] = {"pad_token_id": pad_token_id, "rule": step_rule(state, settings), "moments": state}
     if settings.backend == "zero" or settings.group_size > 1:
-        return ZeroStudent(directory, zero_stage=settings.zero_stage, **kwargs)
+        return ZeroStudent(directory, zero_stage=settings.zero_stage, offload=settings.offload, **kwargs)
     device = torch.device("cuda", torch.cuda.current_device()) if settings.worker.gpus else torch.device("cpu")
     return LocalStudent(directory, device=device, compiled=settings.compile, **kwargs)
 

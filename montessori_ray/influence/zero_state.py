@@ -99,7 +99,9 @@ class EngineState:
     def __init__(self, engine: Any) -> None:
         self._engine = engine
         self._masters = masters(engine)
+        self.snapshot = "none"
         self._saved: list[Tensor] = []
+        self._frozen = [parameter for parameter in engine.module.parameters() if not parameter.requires_grad]
         self._saved_counters: dict[str, int] = {}
         self._saved_generators: list[Tensor] = []
 
@@ -123,7 +125,7 @@ class EngineState:
 
     def save(self) -> None:
         """Remember the present state."""
-        self._saved = [tensor.clone() for tensor in self._tensors()]
+        self.snapshot, self._saved = copies(self._tensors())
         self._saved_counters = {name: getattr(self._engine, name) for name in COUNTERS}
         self._saved_generators = generator_states()
 
@@ -157,7 +159,8 @@ class EngineState:
         saved = self._saved[:: len(self._saved) // len(self._masters)]
         total = torch.zeros((), dtype=torch.float64, device=self._engine.device)
         for master, before, slopes in zip(self._masters, saved, gradient, strict=True):
-            total += torch.dot((master.tensor - before).flatten(), slopes.flatten())
+            step = master.tensor - before.to(master.tensor.device)
+            total += torch.dot(step.flatten(), slopes.flatten())
         if self._engine.zero_optimization_stage() > 0:  # each rank has its own part
             dist.all_reduce(total)
         return total.item()
@@ -169,6 +172,7 @@ class EngineState:
             working += self._engine.optimizer.bit16_groups_flat
         elif self._engine.zero_optimization_stage() == 3:
             working += self._engine.optimizer.fp16_partitioned_groups_flat
+        working += [getattr(parameter, "ds_tensor", parameter) for parameter in self._frozen]
         counters = [getattr(self._engine, name) for name in COUNTERS]
         mine = [counters, *(checksum(tensor) for tensor in (*self._tensors(), *working, *generator_states()))]
         everyone: list[Any] = [None] * dist.get_world_size()
@@ -194,6 +198,30 @@ class EngineState:
             for master in self._masters
             for tensor in (master.tensor.detach(), *(state[master.tensor][key] for key in (*MOMENTS, "step")))
         ]
+
+
+def copies(tensors: Sequence[Tensor]) -> tuple[str, list[Tensor]]:
+    """Where copies of tensors are kept, and the copies.
+
+    They lie beside the tensors, unless on a GPU they would take more than half of what is free now (the other half is
+    for the passes): then in pinned host memory, which takes longer to restore from.
+    """
+    device = tensors[0].device
+    if device.type == "cuda" and not leaves_room(sum(tensor.nbytes for tensor in tensors), _free_memory(device)):
+        pinned = [torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor) for tensor in tensors]
+        return "pinned host memory", pinned
+    return str(device), [tensor.clone() for tensor in tensors]
+
+
+def leaves_room(size: int, free: int) -> bool:
+    """Whether `size` bytes may be taken of `free` ones."""
+    return 2 * size <= free
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes of a GPU that nobody uses, those that torch keeps at hand among them."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 @contextmanager

@@ -37,6 +37,7 @@ class ZeroStudent:
         pad_token_id: int,
         rule: AdamW,
         moments: Path | None = None,
+        offload: bool = False,
     ) -> None:
         """Load the student; torch.distributed must be initialized with the ranks of the group.
 
@@ -46,6 +47,7 @@ class ZeroStudent:
             pad_token_id: fills up short rows.
             rule: settings of the step.
             moments: directory of the moments where it is another one.
+            offload: keep masters and moments in host memory (stages 1 to 3).
 
         Raises:
             ModelError: the moments do not fit the model.
@@ -54,7 +56,7 @@ class ZeroStudent:
         model = load_model(directory, zero_stage)
         self._module = module = ResponseLoss(model)
         names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-        self._engine = build_engine(module, rule, zero_stage)
+        self._engine = build_engine(module, rule, zero_stage, offload=offload)
         self._engine.eval()
         self._device = torch.device(self._engine.device)
         self._state = EngineState(self._engine)
@@ -64,6 +66,10 @@ class ZeroStudent:
             with open_moments(moments or directory, names) as read:
                 self._state.set_moments(rule.step, read)
         self._state.save()
+
+    @property
+    def snapshot(self) -> str:
+        return self._state.snapshot
 
     def set_precision(self, precision: Precision) -> None:
         self._module.precision = precision

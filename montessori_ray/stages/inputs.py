@@ -99,10 +99,16 @@ def _import_model(
     length: int,
     drop_layers: tuple[int, ...],
 ) -> dict[str, Any]:
-    """A model made here (unpacked, pruned) is copied into the run, where every node sees it; another one stays."""
-    from montessori_ray.models import EMBEDDED, check_model, model_digest, prune_layers, resolve_model
+    """A model made here (unpacked, pruned, joined) is copied into the run, where every node sees it; another stays."""
+    from montessori_ray.models import EMBEDDED, check_model, join_adapter, model_digest, prune_layers, resolve_model
+    from montessori_ray.training.adapters import has_adapter
 
     folder = resolve_model(model)
+    if role == "student" and has_adapter(folder) and not (folder / "config.json").is_file() and not drop_layers:
+        with context.output.model_writer() as target:
+            join_adapter(folder, target)
+            check_model(target, role=role, chat_template=template, context=length)
+        return {"model": model, "dropped_layers": []}
     check_model(folder, role=role, chat_template=template, context=length)
     if drop_layers:
         with context.output.model_writer() as target:

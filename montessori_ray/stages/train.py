@@ -28,5 +28,5 @@ def _fine_tune(context: StageContext[AnySettings], training: Training, *, keep_o
             model=context.model(0), rows=context.input(1).part_paths(), output=str(folder), training=training,
             chat_template=student.chat_template, max_length=student.max_length, seed=seed,
             keep_optimizer=keep_optimizer, name=context.train_name, storage=context.run.train_storage(),
-            progress=context.progress,
+            progress=context.progress, lora=student.lora,
         )  # fmt: skip

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from montessori_ray.config import Training
+from montessori_ray.config import Lora, Training
 from montessori_ray.errors import DataError
 from montessori_ray.telemetry.progress import ProgressChannel
 from montessori_ray.training.ray_train import run_training
@@ -25,6 +25,7 @@ class FineTuning:
     seed: int
     keep_optimizer: bool
     progress: ProgressChannel
+    lora: Lora | None = None
 
 
 def fine_tune(
@@ -40,6 +41,7 @@ def fine_tune(
     name: str,
     storage: str,
     progress: ProgressChannel,
+    lora: Lora | None = None,
 ) -> dict[str, Any]:
     """Fine-tune `model` on `rows` and save it, in float32, into the folder `output`.
 
@@ -55,6 +57,7 @@ def fine_tune(
         name: of the Ray Train run; the same name and storage continue an interrupted training.
         storage: folder or URL for its checkpoints.
         progress: told every step.
+        lora: train a fresh adapter instead of the model's weights.
 
     Returns:
         loss_first, loss_last (mean over response tokens of the first and last step), steps, tokens (response tokens
@@ -70,6 +73,7 @@ def fine_tune(
     job = FineTuning(
         model=str(model), rows=tuple(rows), output=output, training=training, chat_template=chat_template,
         max_length=max_length, seed=seed, keep_optimizer=keep_optimizer, progress=progress,
+        lora=lora,
     )  # fmt: skip
     return run_training(
         fine_tune_loop, {"job": job}, name=name, storage=storage, workers=training.workers, worker=training.worker

@@ -34,6 +34,7 @@ from torch.nn import functional as F
 
 from montessori_ray.config import Training
 from montessori_ray.errors import DataError
+from montessori_ray.training.adapters import add_adapter, copy_base, on_adapter
 from montessori_ray.training.chat import IGNORED, ChatFormat, Encoded, collate
 from montessori_ray.training.engine import build_engine, load_model, set_learning_rate
 from montessori_ray.training.ray_train import TrainingFailed
@@ -65,6 +66,8 @@ def train(job: FineTuning) -> dict[str, Any]:
     total = steps_an_epoch * training.epochs
 
     model = load_model(job.model, training.zero_stage)
+    if job.lora is not None:
+        add_adapter(model, job.lora, job.seed)
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     loss = ResponseLossSum(model, autocast=training.precision == "bfloat16")
@@ -87,6 +90,8 @@ def train(job: FineTuning) -> dict[str, Any]:
         if counters.step % training.checkpoint_steps == 0 and counters.step < total:
             report_checkpoint(engine, counters)
 
+    if on_adapter(model) and dist.get_rank() == 0:
+        copy_base(Path(job.model), Path(job.output))  # first: the tokenizer that is saved has the chat template
     save_weights(engine, model, chat.tokenizer, Path(job.output))
     if job.keep_optimizer:
         save_optimizer(engine, model, training.optimizer, rate, Path(job.output))

@@ -29,7 +29,7 @@ def save_weights(engine: Any, model: Any, tokenizer: Any, output: Path) -> None:
 
     Args:
         engine: the DeepSpeed engine around `model` or a module that holds it.
-        model: the transformers model; tied parameters are saved once.
+        model: the transformers model; tied parameters are saved once, and of one with an adapter only the adapter.
         tokenizer: what is saved beside it.
         output: the folder, made if needed.
     """
@@ -66,7 +66,7 @@ def save_optimizer(engine: Any, model: Any, settings: AdamWSettings, learning_ra
 
     tensors: dict[str, Tensor] = {}
     for key in ("exp_avg", "exp_avg_sq"):
-        tensors |= {f"{key}.{name}": value for name, value in _gather(model, moment(key)).items()}
+        tensors |= {f"{key}.{name}": value for name, value in _gather(model, moment(key), trained=True).items()}
     if dist.get_rank() == 0:
         save_file(tensors, output / OPTIMIZER_TENSORS)
         rule = AdamW(
@@ -81,10 +81,13 @@ def save_optimizer(engine: Any, model: Any, settings: AdamWSettings, learning_ra
     dist.barrier()
 
 
-def _gather(model: Any, read: Callable[[Parameter], Tensor]) -> dict[str, Tensor]:
-    """`read` of every parameter by name, on the CPU of rank 0; other ranks take part and keep nothing."""
+def _gather(model: Any, read: Callable[[Parameter], Tensor], *, trained: bool = False) -> dict[str, Tensor]:
+    """`read` of every (or only every trained) parameter by name, on the CPU of rank 0; other ranks take part and keep
+    nothing."""
     gathered = {}
     for name, parameter in model.named_parameters():  # the same order everywhere: reading may be collective
+        if trained and not parameter.requires_grad:
+            continue
         value = read(parameter)
         if dist.get_rank() == 0:
             gathered[name] = value.to("cpu", copy=True).contiguous()

@@ -10,6 +10,8 @@ import pytest
 from montessori_ray.config import Score
 from montessori_ray.errors import ModelError
 from montessori_ray.influence.scorer import Scorer
+from montessori_ray.preferences import build_pairs
+from montessori_ray.stages.score import summarise
 from tests.tiny import rows, write_student
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -68,6 +70,65 @@ def test_corrected_comes_nearer_to_exact_than_its_rows_alone(scorer: Callable[..
     corrected = influences(scorer(learning_rate=1e-5, estimator="corrected", correction_rows=4))
     rows_alone = influences(scorer(learning_rate=1e-5, reference_rows=4))
     assert math.dist(corrected, exact) < 0.1 * math.dist(rows_alone, exact)
+
+
+def test_poison_is_quarantined_with_its_reason_and_leaves_no_trace(scorer: Callable[..., Scorer]) -> None:
+    made = scorer(verify_every=1)
+    good = made.score(EXAMPLES[0]).influence
+    long = " ".join(["w7"] * 100)  # max_length is 64
+    for change, reason in (
+        ({"response": " \n"}, "empty response"),
+        ({"instruction": long}, "no response token within student.max_length"),
+    ):
+        poisoned = made.score({**EXAMPLES[1], **change})
+        assert (poisoned.quarantine, poisoned.influence) == (reason, None)
+        assert made.score(EXAMPLES[0]).influence == good
+
+
+def test_a_response_too_long_is_scored_as_far_as_it_fits(scorer: Callable[..., Scorer]) -> None:
+    made = scorer()
+    start = {
+        "example_id": "long",
+        "instruction": "w1 w2",
+        "response": " ".join(f"w{index % 60}" for index in range(80)),
+    }
+    longer = {**start, "response": start["response"] + " w5 w6"}
+    assert made.score(start).quarantine is None
+    assert made.score(start).influence == made.score(longer).influence
+
+
+def test_bfloat16_noise_is_measured_and_makes_no_pair(scorer: Callable[..., Scorer]) -> None:
+    examples, rate = rows(24, 0), 3e-4  # steps so small that rounding is not much smaller
+    made = scorer(precision="bfloat16", learning_rate=rate)
+    exact = scorer(learning_rate=rate)
+    scored: list[dict[str, Any]] = [
+        {**made.score({**example, "recheck": True}).row(), "prompt_id": example["prompt_id"]} for example in examples
+    ]
+    differences = [
+        row["influence"] - exact.score(example).influence for row, example in zip(scored, examples, strict=True)
+    ]  # type: ignore[operator]
+    noise = summarise(scored)["recheck"]["noise"]
+    assert noise == pytest.approx(math.sqrt(sum(d * d for d in differences) / len(differences)), rel=1e-4)
+    texts = [{**row, "prompt": "", "raw_output": row["example_id"]} for row in scored]
+
+    def pairs(noise: float) -> set[tuple[float, float]]:
+        found = build_pairs(texts, rule="all", margin_se=0, max_pairs=None, noise=noise).pairs
+        return {(pair["chosen_influence"], pair["rejected_influence"]) for pair in found}
+
+    loud = {pair for pair in pairs(0.0) if min(map(abs, pair)) > noise}
+    assert pairs(noise) == loud
+    assert 0 < len(loud) < len(pairs(0.0))
+
+
+def test_first_order_passes_over_the_reference_set_once(scorer: Callable[..., Scorer]) -> None:
+    made = scorer(estimator="first_order", verify_every=1)
+    passes = []
+    student: Any = made._student
+    for module in student._modules.values():
+        module.model.get_decoder().register_forward_hook(lambda *_: passes.append(1))
+    for example in EXAMPLES:
+        made.score(example)
+    assert len(passes) == len(EXAMPLES)  # the example's own; none over the reference set, whose gradient is kept
 
 
 @pytest.mark.slow

@@ -12,11 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from montessori_ray.config import Optimizer, Training, WorkerResources
+from montessori_ray.config import Lora, Optimizer, Training, WorkerResources
 from montessori_ray.telemetry.progress import ProgressBoard, ProgressChannel
 from montessori_ray.training import sft, sft_loop
 from montessori_ray.training.chat import ChatFormat, Encoded, collate
@@ -87,11 +88,14 @@ def train(student: Path, rows: list[str], output: Path, name: str, training: Tra
     return sft.fine_tune(**(arguments | overrides))
 
 
-def plain_pytorch(student: Path, rows: list[str]):
+def plain_pytorch(student: Path, rows: list[str], lora: LoraConfig | None = None):
     """The same training as a loop over whole batches: no micro-batches, ranks, sharding or wrapper."""
     chat = ChatFormat.load(student, TEMPLATE, MAX_LENGTH)
     table = [row for path in rows for row in pq.read_table(path).to_pylist()]
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    if lora is not None:
+        torch.manual_seed(SEED)
+        model.add_adapter(lora)
     settings = TRAINING.optimizer
     adamw = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=settings.weight_decay)
     losses, tokens = [], 0
@@ -111,6 +115,7 @@ def plain_pytorch(student: Path, rows: list[str]):
     moments = {
         f"{key}.{name}": adamw.state[parameter][key]
         for name, parameter in model.named_parameters()
+        if parameter.requires_grad
         for key in ("exp_avg", "exp_avg_sq")
     }
     return weights, moments, losses, tokens
@@ -141,6 +146,30 @@ def test_equals_plain_pytorch(cluster, student, rows, tmp_path, workers, zero_st
     assert metrics["loss_last"] == pytest.approx(losses[-1], abs=1e-5)
     assert (metrics["steps"], metrics["tokens"], metrics["rows_skipped"]) == (8, tokens, 2)
     assert ChatFormat.load(tmp_path / "out", None, MAX_LENGTH).encode("w1", "w2").response_tokens == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "zero_stage"), [(1, 0), (2, 2), (2, 3)])
+def test_an_adapter_equals_plain_pytorch(cluster, student, rows, tmp_path, workers, zero_stage):
+    training = TRAINING.model_copy(update={"workers": workers, "zero_stage": zero_stage})
+    lora = Lora(rank=3, alpha=6, targets=("q_proj", "down_proj"))
+    train(student, rows, tmp_path / "out", f"lora{zero_stage}x{workers}", training, lora=lora)
+    expected = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"])
+    weights, moments, _, _ = plain_pytorch(student, rows, expected)
+
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (student / "model.safetensors").read_bytes()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")  # finds the adapter beside the weights
+    assert weights.keys() == dict(saved.named_parameters()).keys()
+    for name, parameter in saved.named_parameters():
+        torch.testing.assert_close(parameter.detach(), weights[name], atol=2e-6, rtol=0)
+    optimizer = load_file(tmp_path / "out/optimizer.safetensors")
+    assert optimizer.keys() == moments.keys()
+    assert all("lora_" in name for name in moments)
+    for name, value in moments.items():
+        torch.testing.assert_close(optimizer[name], value, atol=1e-6, rtol=1e-5)
+    assert ChatFormat.load(tmp_path / "out", None, MAX_LENGTH).encode("w1", "w2").response_tokens == 2
+    with pytest.raises(TrainingFailed, match=r"the student is an adapter already.*leave student\.lora out"):
+        train(tmp_path / "out", rows, tmp_path / "twice", f"twice{zero_stage}x{workers}", training, lora=lora)
 
 
 @pytest.mark.slow
