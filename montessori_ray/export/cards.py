@@ -36,16 +36,7 @@ def dataset_card(
         "pretty_name": name,
         "task_categories": ["text-generation"],
         "tags": ["synthetic", "instruction-tuning", "influence", "montessori-instruct"],
-        "configs": [
-            {
-                "config_name": kind,
-                **({"default": True} if kind == kinds[0] else {}),
-                "data_files": [
-                    {"split": split.split, "path": split.path} for split in splits if split.kind.config == kind
-                ],
-            }
-            for kind in kinds
-        ],
+        "configs": [_config(kind, splits, is_default=kind == kinds[0]) for kind in kinds],
     }
     return "\n".join(
         [
@@ -81,6 +72,12 @@ def dataset_card(
             "",
         ]
     )
+
+
+def _config(kind: str, splits: Sequence[Split], *, is_default: bool) -> dict[str, Any]:
+    """A config as the Hub's card header has it."""
+    files = [{"split": split.split, "path": split.path} for split in splits if split.kind.config == kind]
+    return {"config_name": kind, **({"default": True} if is_default else {}), "data_files": files}
 
 
 def model_card(name: str, what: str, base_model: str | None, manifest: Manifest) -> str:
