@@ -273,7 +273,7 @@ def influence_tables(
         style = "green" if start + (high - low) / BINS / 2 < 0 else "red"
         histogram.add_row(f"{start:+.2e}", str(count), Text("█" * round(BAR * count / max(counts)), style=style))
     ends = Table(title="Most helpful and most harmful", box=box.SIMPLE_HEAD, title_justify="left")
-    ends.add_column("influence", justify="right", no_wrap=True)
+    ends.add_column("influence", justify="right", no_wrap=True, min_width=19)
     ends.add_column("instruction", overflow="ellipsis", no_wrap=True)
     for row in [*scored[:5], *scored[-5:]] if len(scored) > 10 else scored:
         error = "" if row["influence_se"] is None else f" ± {row['influence_se']:.1e}"
