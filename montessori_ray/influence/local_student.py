@@ -29,7 +29,7 @@ from montessori_ray.influence.update import AdamW, clip_scale
 from montessori_ray.training.chat import Encoded, collate
 from montessori_ray.training.engine import load_model
 
-CHUNK = {"cpu": 2**18, "cuda": 2**26}
+CHUNK = {"cpu": 2**19, "cuda": 2**26}
 """Weights stepped at once: what a core's cache, or a corner of a GPU's memory, holds of the temporary tensors."""
 
 
