@@ -6,6 +6,11 @@
 The paper's procedure: for every point read weights and optimizer state from disk, take the step on a sequence padded to
 1,024 tokens, and run the reference rows in batches of 8 padded to 1,024, with logits everywhere. It is measured on
 `--paper-rows` reference rows and its evaluation scaled to all of them; everything else is measured as it is.
+
+The quickstart's student is warmed up on a few rows first, so that its moments are real and what the cheap estimators
+say of the points can be compared with the exact scores. Floors count the operations that are needed (matrix products,
+causal attention, logits of response tokens) at the measured rate of the student's own products, and the bytes that a
+step must read and write at the measured rate of a copy.
 """
 
 from __future__ import annotations
@@ -26,14 +31,16 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from montessori_ray.config import Score, WorkerResources
+from montessori_ray.influence.agreement import agreement
 from montessori_ray.influence.scorer import Scorer, join_alone
 from montessori_ray.influence.update import OPTIMIZER_JSON, AdamW
 from montessori_ray.models import prune_layers, resolve_model
-from montessori_ray.training.chat import ChatFormat
+from montessori_ray.training.chat import ChatFormat, Encoded, collate
 from montessori_ray.training.student_state import OPTIMIZER_TENSORS
 
 PADDED = 1024
@@ -45,7 +52,10 @@ TINYLLAMA = LlamaConfig(
 )  # fmt: skip
 """TinyLlama-1.1B's shape, with the embedded model's vocabulary, whose tokenizer is used."""
 
-RULE = AdamW(step=100, learning_rate=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, max_grad_norm=1.0)
+WARM_STEPS, WARM_BATCH = 4, 4
+"""Steps of the quickstart student's warm-up and rows a step: enough for moments that are not noise."""
+
+RULE = AdamW(step=WARM_STEPS, learning_rate=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, max_grad_norm=1.0)
 
 
 def main() -> None:
@@ -53,32 +63,39 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     rows = _rows(arguments.rows)
-    reference, examples = rows[: arguments.reference], rows[arguments.reference :][: arguments.points]
+    reference, rest = rows[: arguments.reference], rows[arguments.reference :]
+    examples, warm_up = rest[: arguments.points], rest[arguments.points :][: WARM_STEPS * WARM_BATCH]
     if len(examples) < 2:
         sys.exit(f"{len(rows)} rows are too few for {arguments.reference} reference rows and 2 points")
     join_alone()
     with TemporaryDirectory() as folder:
-        student = _student(Path(folder), arguments.shape)
+        student = _student(Path(folder), arguments.shape, warm_up)
         result: dict[str, Any] = {
             "machine": _machine(device, arguments.threads),
             "student": arguments.shape,
             "reference_rows": len(reference),
             "points": len(examples),
             "seconds": {
-                "paper": _paper(student, reference[: arguments.paper_rows], len(reference), examples[:2], device)
+                "paper": _paper(student, reference[: arguments.paper_rows], len(reference), examples[:3], device)
             },
         }
+        influences: dict[str, list[float]] = {}
         for estimator in ("exact", "first_order", "corrected"):
-            result["seconds"][estimator] = _ours(student, reference, examples, estimator, arguments)
-        result |= _floor(student, reference, device)
+            result["seconds"][estimator], influences[estimator] = _ours(
+                student, reference, examples, estimator, arguments
+            )
+        result["agreement_with_exact"] = _agreement(influences)
+        result |= _floor(student, reference, examples, device)
     _ratios(result)
     _print(result)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
-def _ours(student: Path, reference: list[Any], examples: list[Any], estimator: Any, arguments: Any) -> dict[str, Any]:
-    """Seconds a point, in its parts: medians over the points, after one that is not counted."""
+def _ours(
+    student: Path, reference: list[Any], examples: list[Any], estimator: Any, arguments: Any
+) -> tuple[dict[str, Any], list[float]]:
+    """Seconds a point, in its parts: medians over the points, after one that is not counted; and the influences."""
     gpu = arguments.device.startswith("cuda")
     settings = Score(
         estimator=estimator, reference_tokens=arguments.tokens, worker=WorkerResources(cpus=1, gpus=float(gpu)),
@@ -95,8 +112,21 @@ def _ours(student: Path, reference: list[Any], examples: list[Any], estimator: A
         for name in ("step", "evaluate", "restore")
     }
     totals = [score.step_seconds + score.evaluate_seconds + score.restore_seconds for score in scores]  # type: ignore[operator]
-    spread = statistics.stdev(totals) if len(totals) > 1 else 0.0
-    return {"point": whole, "spread": spread, **parts, "wait": whole - statistics.fmean(totals)}
+    wait = whole - statistics.fmean(totals)
+    seconds = {"point": statistics.median(totals) + wait, "spread": statistics.stdev(totals), **parts, "wait": wait}
+    return seconds, [float(score.influence) for score in scores]  # type: ignore[arg-type]
+
+
+def _agreement(influences: dict[str, list[float]]) -> dict[str, Any]:
+    """Of every estimate with `exact`, on the same points."""
+    found = {}
+    for estimator in ("first_order", "corrected"):
+        rows = [
+            {"example_id": str(number), "prompt_id": "all", "influence": mine, "recheck_influence": exact}
+            for number, (mine, exact) in enumerate(zip(influences[estimator], influences["exact"], strict=True))
+        ]
+        found[estimator] = agreement(rows)
+    return found
 
 
 def _paper(student: Path, few: list[Any], all_rows: int, examples: list[Any], device: torch.device) -> dict[str, Any]:
@@ -123,7 +153,11 @@ def _paper(student: Path, few: list[Any], all_rows: int, examples: list[Any], de
                 _loss(model, reference[first : first + PAPER_BATCH], device).item()
         parts["evaluate"].append(clock.lap() * all_rows / len(reference))
     medians = {name: statistics.median(values) for name, values in parts.items()}
-    return {"point": sum(medians.values()), "spread": 0.0, **medians, "measured_reference_rows": len(few)}
+    points = [sum(values) for values in zip(*parts.values(), strict=True)]
+    return {
+        "point": statistics.median(points), "spread": statistics.stdev(points), **medians,
+        "measured_reference_rows": len(few),
+    }  # fmt: skip
 
 
 def _padded(chat: ChatFormat, row: dict[str, str]) -> tuple[list[int], list[int]]:
@@ -153,30 +187,54 @@ class _Clock:
         return now - before
 
 
-def _floor(student: Path, reference: list[Any], device: torch.device) -> dict[str, Any]:
-    """What the evaluation must take: its multiplications at the rate of the student's own matrix products."""
+def _floor(student: Path, reference: list[Any], examples: list[Any], device: torch.device) -> dict[str, Any]:
+    """What the evaluation and the step must take: see the top of this file."""
     chat = ChatFormat.load(student, None, PADDED)
-    encoded = [chat.encode(row["instruction"], row["response"]) for row in reference]
     model: Any = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    config = model.config
+    rows, points = (
+        [chat.encode(row["instruction"], row["response"]) for row in some] for some in (reference, examples)
+    )
+    rate = _matmul_rate(device, config.hidden_size, config.intermediate_size)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    copy_rate = _copy_rate(device)
+    operations = statistics.median(_operations(model, [point]) for point in points)
+    return {
+        "reference_tokens": sum(len(row.input_ids) for row in rows),
+        "response_tokens": sum(row.response_tokens for row in rows),
+        "matmul_flops_per_s": rate,
+        "copy_bytes_per_s": copy_rate,
+        "evaluate_floor_s": _operations(model, rows) / rate,
+        # Three passes' worth of products; read weights, moments and gradient, write gradient and stepped weights.
+        "step_floor_s": 3 * operations / rate + 6 * 4 * weights / copy_rate,
+    }
+
+
+def _operations(model: Any, rows: list[Encoded]) -> int:
+    """Additions and multiplications of a forward pass over rows without padding."""
     head = model.get_output_embeddings().weight.numel()
     embedding = model.get_input_embeddings().weight.numel()
     tied = model.config.tie_word_embeddings
     body = sum(parameter.numel() for parameter in model.parameters()) - embedding - (0 if tied else head)
-    tokens, asked = sum(len(row.input_ids) for row in encoded), sum(row.response_tokens for row in encoded)
-    hidden, inner = model.config.hidden_size, model.config.intermediate_size
-    rate = _matmul_rate(device, hidden, inner)
-    return {
-        "reference_tokens": tokens,
-        "response_tokens": asked,
-        "matmul_flops_per_s": rate,
-        "evaluate_floor_s": 2 * (body * tokens + head * asked) / rate,
-    }
+    # Queries with keys and weights with values, each 2 x T^2 / 2 x hidden: a token attends to those before it.
+    attention = 2 * model.config.num_hidden_layers * model.config.hidden_size
+    return sum(
+        2 * body * len(row.input_ids) + 2 * head * row.response_tokens + attention * len(row.input_ids) ** 2
+        for row in rows
+    )
 
 
 def _matmul_rate(device: torch.device, hidden: int, inner: int) -> float:
     """Operations a second of a product of the shape of the student's widest layer."""
     left, right = torch.randn(1024, hidden, device=device), torch.randn(hidden, inner, device=device)
     return 2 * 1024 * hidden * inner / _best(lambda: left @ right, device)
+
+
+def _copy_rate(device: torch.device) -> float:
+    """Bytes a second that a copy of a buffer larger than any cache reads and writes."""
+    source = torch.zeros(2**27, device=device)
+    target = torch.zeros_like(source)
+    return 2 * source.nbytes / _best(lambda: target.copy_(source), device)
 
 
 def _best(work: Callable[[], Any], device: torch.device) -> float:
@@ -188,24 +246,44 @@ def _best(work: Callable[[], Any], device: torch.device) -> float:
     return min(seconds)
 
 
-def _student(folder: Path, shape: str) -> Path:
-    """A student with moments on disk."""
+def _student(folder: Path, shape: str, warm_up: list[Any]) -> Path:
+    """A student with moments on disk: of a few steps, or random where its weights are."""
     if shape == "quickstart":
         prune_layers(resolve_model(EMBEDDED), list(range(10, 20)), folder)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        moments = _warm_up(model, ChatFormat.load(folder, None, PADDED), warm_up)
     else:
         torch.manual_seed(0)
         model = LlamaForCausalLM(TINYLLAMA)
         AutoTokenizer.from_pretrained(resolve_model(EMBEDDED)).save_pretrained(folder)
+        generator = torch.Generator().manual_seed(0)
+        moments = {}
+        for name, parameter in model.named_parameters():
+            moments[f"exp_avg.{name}"] = 1e-4 * torch.randn(parameter.shape, generator=generator)
+            moments[f"exp_avg_sq.{name}"] = 1e-7 * torch.rand(parameter.shape, generator=generator)
     model.save_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
-    moments = {}
-    for name, parameter in model.named_parameters():
-        moments[f"exp_avg.{name}"] = 1e-4 * torch.randn(parameter.shape, generator=generator)
-        moments[f"exp_avg_sq.{name}"] = 1e-7 * torch.rand(parameter.shape, generator=generator)
     save_file(moments, folder / OPTIMIZER_TENSORS)
     (folder / OPTIMIZER_JSON).write_text(json.dumps(asdict(RULE)), encoding="utf-8")
     return folder
+
+
+def _warm_up(model: Any, chat: ChatFormat, rows: list[Any]) -> dict[str, Tensor]:
+    """Take `WARM_STEPS` steps of torch's AdamW with a rising rate; returns the moments by parameter name."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
+    for step in range(WARM_STEPS):
+        batch = [chat.encode(row["instruction"], row["response"]) for row in rows[step::WARM_STEPS]]
+        for encoded in batch:
+            tensors = collate([encoded], chat.pad_token_id)
+            (model(**tensors).loss / len(batch)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), RULE.max_grad_norm)
+        optimizer.param_groups[0]["lr"] = RULE.learning_rate * (step + 1) / WARM_STEPS
+        optimizer.step()
+        optimizer.zero_grad()
+    return {
+        f"{key}.{name}": optimizer.state[parameter][key]
+        for name, parameter in model.named_parameters()
+        for key in ("exp_avg", "exp_avg_sq")
+    }
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
@@ -228,6 +306,7 @@ def _ratios(result: dict[str, Any]) -> None:
     result["ratio_first_order_over_paper"] = seconds["paper"] / seconds["first_order"]
     result["ratio_corrected_over_exact"] = seconds["exact"] / seconds["corrected"]
     result["evaluate_share_of_floor"] = result["evaluate_floor_s"] / result["seconds"]["exact"]["evaluate"]
+    result["step_share_of_floor"] = result["step_floor_s"] / result["seconds"]["exact"]["step"]
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -239,16 +318,20 @@ def _print(result: dict[str, Any]) -> None:
         cells = [f"{parts[name]:.4f}" if name in parts else "-" for name in names]
         print("".join([estimator.ljust(18), *(cell.rjust(10) for cell in cells)]))
     for name, value in result.items():
-        if name.startswith(("ratio_", "evaluate_share")):
+        if name.startswith(("ratio_", "evaluate_share", "step_share")):
             print(f"{name}: {value:.3g}")
+    for estimator, found in result["agreement_with_exact"].items():
+        told = ("spearman", "pearson", "same_sign", "noise", "spread")
+        said = ", ".join(f"{key} {found[key]:.4g}" for key in told if found[key] is not None)
+        print(f"{estimator} against exact: {said}")
 
 
 def _arguments() -> argparse.Namespace:
     shipped = Path(__file__).parent.parent / "configs/data/reference.jsonl"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, default=shipped, help="JSONL with instruction and response (or output)")
-    parser.add_argument("--reference", type=int, default=48, help="rows of it that are the reference set")
-    parser.add_argument("--points", type=int, default=8, help="rows after these that are scored")
+    parser.add_argument("--reference", type=int, default=32, help="rows of it that are the reference set")
+    parser.add_argument("--points", type=int, default=16, help="rows after these that are scored")
     parser.add_argument("--paper-rows", type=int, default=8, help="reference rows the paper's procedure is measured on")
     parser.add_argument("--shape", choices=("quickstart", "tinyllama"), default="quickstart")
     parser.add_argument("--device", default="cpu")

@@ -153,6 +153,7 @@ def _job(config: Config, run: Run) -> Job:
 
 def _measure(job: Job, config: Config, storage: str) -> Calibration:
     """Run all groups at once and put together what they measured."""
+    # Late, as in stages/: what only workers and drivers of a cluster need.
     from montessori_ray.training.ray_train import start_training, stop_training, training_result
 
     settings = job.settings
@@ -165,12 +166,19 @@ def _measure(job: Job, config: Config, storage: str) -> Calibration:
         )
         for number in range(settings.groups)
     ]  # fmt: skip
+    found: list[dict[str, Any]] = []
+    waiting = list(groups)
     try:
-        found = [training_result(group) for group in groups]
-    finally:
+        while waiting:  # in the order they end: where one fails, the others wait at the gate for ever
+            ended, waiting = ray.wait(waiting, timeout=0.5)
+            found += [training_result(group) for group in ended]
+    except KeyboardInterrupt:
+        raise  # see `influence.driver.score_examples`
+    except BaseException:
         for group in groups:
             stop_training(group)
-    ended = time.time()
+        raise
+    over = time.time()
 
     def mean(name: str) -> float:
         return fmean(group[name] for group in found)
@@ -181,7 +189,7 @@ def _measure(job: Job, config: Config, storage: str) -> Calibration:
         point_s=mean("point_s"),
         recheck_start_s=mean("recheck_start_s"),
         recheck_s=mean("recheck_s"),
-        stop_s=ended - max(group["end"] for group in found),
+        stop_s=over - max(group["end"] for group in found),
     )
 
 

@@ -58,6 +58,7 @@ def test_bad_input_is_said_before_anything_starts(files: dict[str, Path], tmp_pa
     assert "has no column 'response'" in said(command({**files, "reference": unmarked, "output": tmp_path / "other"}))
     assert "backend local holds the student on one device" in said(command(files, "backend=local", "group_size=2"))
     assert "precision tf32 needs worker.gpus" in said(command(files, "precision=tf32"))
+    assert "offload is for backend zero with zero_stage 1 to 3" in said(command(files, "offload=true", "zero_stage=3"))
 
 
 def test_a_student_without_moments_must_be_given_some_or_a_rate(files: dict[str, Path]) -> None:

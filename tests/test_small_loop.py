@@ -44,6 +44,14 @@ def test_rows_join_on_their_ids(small_run: Driver) -> None:
         assert pair["chosen_influence"] < 0 < pair["rejected_influence"]
 
 
+def test_the_summary_says_what_scores_are_worth(small_run: Driver) -> None:
+    rows = small_run.rows("iteration_00/influence")
+    details = Run(str(small_run.run)).artifact("iteration_00/influence").require().details
+    assert details["recheck"]["points"] == sum(row["recheck_influence"] is not None for row in rows) > 0
+    assert {"noise", "pearson", "spearman", "same_sign", "pairs", "pairs_changed"} <= details["recheck"].keys()
+    assert details["snapshot"] == "not needed"
+
+
 def test_teacher_is_tuned_and_evaluated(small_run: Driver) -> None:
     run = Run(str(small_run.run))
     tuned = run.artifact("iteration_00/teacher").require()

@@ -29,7 +29,7 @@ from montessori_ray.influence.update import AdamW, clip_scale
 from montessori_ray.training.chat import Encoded, collate
 from montessori_ray.training.engine import load_model
 
-CHUNK = {"cpu": 2**18, "cuda": 2**26}
+CHUNK = {"cpu": 2**19, "cuda": 2**26}
 """Weights stepped at once: what a core's cache, or a corner of a GPU's memory, holds of the temporary tensors."""
 
 
@@ -97,22 +97,19 @@ class LocalStudent:
             module.precision = precision
 
     def step(self, example: Encoded) -> float:
-        self._gradient.zero_()
         tensors = collate([example], self._pad_token_id)
         loss = self._passes["warmed"](**{name: tensor.to(self._device) for name, tensor in tensors.items()})[0]
         loss.backward()
         value, norm = loss.item(), torch.linalg.vector_norm(self._gradient)
-        if not math.isfinite(value):
-            raise NotFiniteError(f"loss of the example is {value}")
-        if not norm.isfinite():
-            raise NotFiniteError("gradient of the example is not finite")
-        self._gradient.mul_(clip_scale([norm], self._rule.max_grad_norm))
-        self._step()
+        if not (math.isfinite(value) and norm.isfinite()):
+            self._gradient.zero_()
+            what = "gradient of the example is not finite"
+            raise NotFiniteError(what if math.isfinite(value) else f"loss of the example is {value}")
+        self._step(clip_scale([norm], self._rule.max_grad_norm))
         return float(value)
 
     def null_step(self) -> None:
-        self._gradient.zero_()
-        self._step()
+        self._step(torch.ones((), device=self._device))
 
     def restore(self) -> None:
         self._state = "warmed"
@@ -120,7 +117,7 @@ class LocalStudent:
 
     def digest(self) -> str:
         kept = [*self._frozen, *self._modules["warmed"].buffers()]
-        tensors = [self._weights, *self._moments, *kept, *generator_states()]
+        tensors = [self._weights, *self._moments, self._gradient, *kept, *generator_states()]
         if self._state == "stepped":
             tensors.append(self._stepped)
         return hashlib.sha256(repr([checksum(tensor) for tensor in tensors]).encode()).hexdigest()
@@ -145,10 +142,11 @@ class LocalStudent:
         return total.item()
 
     @torch.no_grad()
-    def _step(self) -> None:
-        """Write the stepped weights from the warmed state and the clipped gradient.
+    def _step(self, scale: Tensor) -> None:
+        """Write the stepped weights from the warmed state and the gradient times a factor; the gradient is zero then.
 
-        By torch's fused kernel, as the student was warmed up with; it works in place, so on copies of a chunk.
+        By torch's fused kernel, as the student was warmed up with; it works in place, so on copies of a chunk. All that
+        is done to a chunk is done while it is in the cache: the step is bound by memory.
         """
         rule = self._rule
         for stepped, weights, gradient, *moments in self._chunks(
@@ -156,11 +154,13 @@ class LocalStudent:
         ):
             exp_avg, exp_avg_sq = (moment.clone() for moment in moments)
             count = torch.tensor(float(rule.step), device=self._device)
+            stepped.copy_(weights)
             adamw(
-                [stepped.copy_(weights)], [gradient], [exp_avg], [exp_avg_sq], [], [count], fused=True, amsgrad=False,
+                [stepped], [gradient.mul_(scale)], [exp_avg], [exp_avg_sq], [], [count], fused=True, amsgrad=False,
                 maximize=False, lr=rule.learning_rate, beta1=rule.betas[0], beta2=rule.betas[1], eps=rule.eps,
                 weight_decay=rule.weight_decay,
             )  # fmt: skip
+            gradient.zero_()
         self._state = "stepped"
         if self._device.type == "cuda":
             torch.cuda.synchronize()

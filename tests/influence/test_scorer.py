@@ -10,6 +10,7 @@ import pytest
 from montessori_ray.config import Score
 from montessori_ray.errors import ModelError
 from montessori_ray.influence.scorer import Scorer
+from montessori_ray.influence.zero_state import leaves_room
 from montessori_ray.preferences import build_pairs
 from montessori_ray.stages.score import summarise
 from tests.tiny import rows, write_student
@@ -129,6 +130,13 @@ def test_first_order_passes_over_the_reference_set_once(scorer: Callable[..., Sc
     for example in EXAMPLES:
         made.score(example)
     assert len(passes) == len(EXAMPLES)  # the example's own; none over the reference set, whose gradient is kept
+
+
+def test_where_the_snapshot_lies_is_told(scorer: Callable[..., Scorer]) -> None:
+    assert scorer().baselines["snapshot"] == "not needed"
+    assert scorer(backend="zero").baselines["snapshot"] == "cpu"
+    assert leaves_room(40, 80)
+    assert not leaves_room(41, 80)
 
 
 @pytest.mark.slow
