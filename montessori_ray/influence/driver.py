@@ -30,7 +30,10 @@ LOOK_S = 0.5
 """Seconds between looks at the ledger."""
 
 LEASES_AHEAD = 4
-"""Leases a group that wait in the ledger after a look, at least; twice what was scored since the last one, if more."""
+"""Leases a group that wait in the ledger after a look, at least."""
+
+MOST_AHEAD = 4096
+"""Examples that wait, at most, where groups are faster than that: twice what came in since the last look."""
 
 LEDGER_S = 300.0
 """Seconds the ledger may take to answer, a new process for one that died included."""
@@ -193,7 +196,8 @@ class Pump:
 
     def _feed(self, chunks: Iterator[list[Row]], backlog: int, scored: int) -> bool:
         """Keep a look's worth of leases waiting; False when there are no more examples."""
-        while backlog < max(LEASES_AHEAD * len(self._groups) * self._settings.lease_size, 2 * scored):
+        enough = max(LEASES_AHEAD * len(self._groups) * self._settings.lease_size, min(2 * scored, MOST_AHEAD))
+        while backlog < enough:
             chunk = next(chunks, None)
             if chunk is None:
                 return False
