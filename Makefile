@@ -1,6 +1,6 @@
 # Two commands: `make quickstart` runs the whole loop on this machine, `make test` runs the tests. Both set up first.
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow test-engines lint types lock clean
+.PHONY: help setup quickstart test test-slow test-groups test-engines lint types lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -16,7 +16,10 @@ test: setup ## tests in under 15 minutes on 2 cores, one small loop on the real 
 	.venv/bin/python -m pytest -m "slow and loop"
 
 test-slow: setup ## kill and resume, several nodes, in half an hour on 2 cores
-	.venv/bin/python -m pytest -m "slow and not loop" tests/cluster
+	.venv/bin/python -m pytest -m "slow and not loop" tests/cluster/test_kill_and_resume.py tests/cluster/test_jobs.py
+
+test-groups: setup ## scoring groups that share, join, fail and come back; 24 disturbances on several raylets: 15 minutes
+	.venv/bin/python -m pytest -m slow tests/cluster/test_scoring.py tests/cluster/test_disturbances.py
 
 test-engines: setup ## the other slow tests: training, tuning and the teacher pool on their real engines
 	.venv/bin/python -m pytest -m "slow and not loop" --ignore tests/cluster

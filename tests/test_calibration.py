@@ -39,7 +39,7 @@ def quickstart(run: Path, *overrides: str) -> Config:
 def test_plan_predicts_scoring_with_the_settings_that_were_measured(tmp_path: Path) -> None:
     config = quickstart(tmp_path)
     Calibration(settings=measured_settings(config), **PARTS).save(Run(str(tmp_path)))
-    arguments = ["plan", "-c", "configs/quickstart.yaml", f"run={tmp_path}", "cluster.num_cpus=2"]
+    arguments = ["plan", "-c", "configs/quickstart.yaml", f"run={tmp_path}", "cluster.num_cpus=2", "split.probing=64"]
     planned = CliRunner().invoke(app, arguments)
     assert planned.exit_code == 0, planned.output
     lines = {line.split()[0]: line for line in planned.output.splitlines() if line.split()}
