@@ -129,7 +129,7 @@ def measure(points: int, groups: int, lease_size: int, folder: str) -> dict[str,
         nonlocal done
         done += len(rows)
         influence.append(pa.Table.from_pylist([{**row, "prompt_id": "p"} for row in rows], schema=INFLUENCE))
-        if not memory or done - memory[-1][0] >= points / 10:
+        if done >= 10_000 and (not memory or done - memory[-1][0] >= points / 10):
             memory.append((done, *(process.memory_info().rss / 1e6 for process in processes)))
 
     settings = Score(groups=groups, lease_size=lease_size)
