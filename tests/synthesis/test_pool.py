@@ -7,6 +7,7 @@ import pickle
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -14,7 +15,13 @@ import ray
 import torch
 from ray.exceptions import ActorDiedError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from montessori_ray.config import Pool, WorkerResources
 from montessori_ray.errors import ModelError, ResourceError
@@ -322,6 +329,21 @@ def test_release_ends_the_processes_and_frees_the_resources(pool: TeacherPool, c
     assert ray.available_resources()["CPU"] == 2
     with pytest.raises(ResourceError, match="hosts no model"):
         generate(pool.client(), request("a"))
+
+
+@pytest.mark.slow
+def test_a_model_with_a_shorter_context_is_served_with_its_own(
+    pool: TeacherPool, teachers: tuple[str, str], tmp_path: Path
+) -> None:
+    """A student that answers in the pool need not have the teacher's context."""
+    short = AutoConfig.from_pretrained(teachers[0], max_position_embeddings=CONTEXT // 2)
+    AutoModelForCausalLM.from_pretrained(teachers[0], config=short).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    pool.host(str(tmp_path))
+    (samples,) = generate(pool.client(), request("a"))
+    assert samples[0].num_tokens == 16
+    with pytest.raises(ModelError, match=rf"context of {CONTEXT // 2} tokens"):
+        generate(pool.client(), request("a" * (CONTEXT // 2)))
 
 
 @pytest.mark.slow
