@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,8 @@ class Driver:
         process.send_signal(signal.SIGKILL)
         process.wait()
         for agent in processes_of(process.pid, "Agent"):
-            agent.kill()  # Ray's agents notice the death of their node late; they hold nothing a run needs
+            with suppress(psutil.NoSuchProcess):
+                agent.kill()  # Ray's agents notice the death of their node late; they hold nothing a run needs
         wait_for_end(process.pid)
 
     def rows(self, artifact: str) -> list[dict[str, Any]]:

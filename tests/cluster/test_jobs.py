@@ -11,9 +11,11 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.cluster.test_kill_and_resume import influences
@@ -33,7 +35,8 @@ class Node:
 
     def kill(self) -> None:
         for process in processes_of(self.process.pid):
-            process.kill()
+            with suppress(psutil.NoSuchProcess):  # a node's processes end one another
+                process.kill()
         self.process.wait()
         wait_for_end(self.process.pid)
 
