@@ -25,7 +25,7 @@ from montessori_ray.influence.estimators import NotFiniteError
 from montessori_ray.influence.fingerprint import checksum, generator_states, set_generator_states
 from montessori_ray.influence.moments import MOMENTS, open_moments
 from montessori_ray.influence.reference import Precision, ReferenceSet, ResponseLoss
-from montessori_ray.influence.update import AdamW, clip_scale
+from montessori_ray.influence.update import AdamW, clip_scale, exact_norm
 from montessori_ray.training.chat import Encoded, collate
 from montessori_ray.training.engine import load_model
 
@@ -100,7 +100,7 @@ class LocalStudent:
         tensors = collate([example], self._pad_token_id)
         loss = self._passes["warmed"](**{name: tensor.to(self._device) for name, tensor in tensors.items()})[0]
         loss.backward()
-        value, norm = loss.item(), torch.linalg.vector_norm(self._gradient)
+        value, norm = loss.item(), exact_norm(self._gradient)
         if not (math.isfinite(value) and norm.isfinite()):
             self._gradient.zero_()
             what = "gradient of the example is not finite"

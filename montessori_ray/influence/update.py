@@ -52,6 +52,22 @@ def clip_scale(gradients: Iterable[Tensor], max_grad_norm: float) -> Tensor:
     return torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0) if max_grad_norm > 0 else torch.ones_like(norm)
 
 
+NORM_ROW = 4096
+"""Squares summed in float32 at once."""
+
+
+def exact_norm(flat: Tensor) -> Tensor:
+    """Euclidean norm (scalar) of a flat buffer, to float32's rounding.
+
+    By rows, these in float64: one float32 sum of 99 million squares was 0.3 % short on a CPU (measured), which clipped
+    too little and moved scores of the quickstart's student by 1e-4.
+    """
+    whole = len(flat) // NORM_ROW * NORM_ROW
+    rows = torch.linalg.vector_norm(flat[:whole].view(-1, NORM_ROW), dim=1)
+    rest = torch.linalg.vector_norm(flat[whole:])[None]
+    return torch.linalg.vector_norm(torch.cat([rows, rest]).double()).to(flat.dtype)
+
+
 def adamw_change(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, settings: AdamW) -> Tensor:
     """What one AdamW step adds to `weight`, given the moments before it and an already clipped gradient.
 

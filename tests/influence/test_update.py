@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from montessori_ray.influence.update import AdamW, adamw_change, clip_scale, null_step_change
+from montessori_ray.influence.update import AdamW, adamw_change, clip_scale, exact_norm, null_step_change
 
 STEPS = 7
 
@@ -61,3 +61,10 @@ def test_momentum_moves_weights_without_a_gradient() -> None:
     assert change.abs().min() > 0
     zeros = torch.zeros_like(weights[0])
     assert null_step_change(weights[0].detach(), zeros, zeros, settings(step=0)).abs().max() == 0
+
+
+@pytest.mark.parametrize("size", [1, 4095, 4096, 3_000_001])
+def test_the_norm_of_a_long_buffer_is_that_of_float64(size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.randn(size, generator=generator) * torch.randn(size, generator=generator).mul(2).exp()
+    assert exact_norm(flat).item() == pytest.approx(flat.double().norm().item(), rel=5e-7)
