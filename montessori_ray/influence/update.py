@@ -65,7 +65,8 @@ def exact_norm(flat: Tensor) -> Tensor:
     whole = len(flat) // NORM_ROW * NORM_ROW
     rows = torch.linalg.vector_norm(flat[:whole].view(-1, NORM_ROW), dim=1)
     rest = torch.linalg.vector_norm(flat[whole:])[None]
-    return torch.linalg.vector_norm(torch.cat([rows, rest]).double()).to(flat.dtype)
+    norm: Tensor = torch.linalg.vector_norm(torch.cat([rows, rest]).double()).to(flat.dtype)
+    return norm
 
 
 def adamw_change(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, settings: AdamW) -> Tensor:
