@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from montessori_ray.cli import app
 
 ROOT = Path(__file__).parent.parent
 TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</s>{% endfor %}"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _without_bars() -> None:
+    """The command switches them off before it imports what draws them; here that is imported already."""
+    datasets.disable_progress_bars()
+
+
 def refused(run: Path, *arguments: str, command: str = "run", config: str = "configs/quickstart.yaml") -> str:
-    """Run the command, expect it to be refused; returns the sentence. No Ray session may have been started."""
+    """Give the command, expect it to be refused; returns the sentence. No Ray session may have been started."""
     ray_folder = run.with_name("ray")  # where a cluster would leave its session
     ray_folder.mkdir(exist_ok=True)
-    line = [sys.executable, "-m", "montessori_ray", command, "--config", config, f"run={run}", *arguments]
-    done = subprocess.run(
-        line, cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {"RAY_TMPDIR": str(ray_folder)}
-    )
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+    line = [command, "--config", config, f"run={run}", *arguments]
+    done = CliRunner().invoke(app, line, env={"RAY_TMPDIR": str(ray_folder)})
+    assert done.exit_code == 2, done.output
     assert not list(ray_folder.rglob("session_*"))
     assert done.stderr.startswith("error: ")
     return done.stderr
@@ -52,6 +58,13 @@ def jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
 
 def test_missing_config(tmp_path: Path) -> None:
     assert "no config file at nowhere.yaml" in refused(tmp_path / "run", config="nowhere.yaml")
+
+
+def test_from_a_shell_too_it_is_one_sentence() -> None:
+    line = [sys.executable, "-m", "montessori_ray", "run", "--config", "nowhere.yaml"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: no config file at nowhere.yaml")
 
 
 def test_unknown_key_and_wrong_type(tmp_path: Path) -> None:
