@@ -232,8 +232,8 @@ def _nothing_to_prefer(
     if sign is not None:
         return (
             f"{seen}; all {len(outputs)} scores are {sign.value}: set score.baseline=null_step, which takes the "
-            "optimizer's own drift out of every score, or, if it is set, raise synthesize.n or split.probing; a student "
-            "that anything helps needs a longer warm-up (split.warmup) or fewer of student.drop_layers"
+            "optimizer's own drift out of every score, or, if it is set, raise synthesize.n or split.probing; a "
+            "student that anything helps needs a longer warm-up (split.warmup) or fewer of student.drop_layers"
         )
     if unpaired.get(Unpaired.WITHIN_NOISE) and margin_se:
         return f"{seen}; no prompt has both signs beyond {margin_se:g} standard errors: lower pair.margin_se"
