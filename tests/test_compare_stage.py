@@ -57,7 +57,7 @@ def run(tmp_path: Path) -> Run:
     ]
     put(run, "losses", losses, columns.LOSSES)
     influence = [
-        {"example_id": f"{arm}/fresh_set|{number}", "influence": value}
+        {"example_id": f"{arm}/fresh_set|{number}", "prompt_id": f"{arm}|{number}", "influence": value}
         for arm, values in INFLUENCE.items()
         for number, value in enumerate(values)
     ]
@@ -85,6 +85,7 @@ def test_differences_are_paired_by_seed_and_row(run: Run) -> None:
     found = rows["after", "held_out_loss"]
     assert found["difference"] == pytest.approx(expected)
     assert found["low"] < expected < found["high"]
+    assert found["value_by_model"] == [pytest.approx(fmean(LOSSES[f"after/{seed}/student"])) for seed in (0, 1)]
     assert (found["models"], found["value"]) == (2, pytest.approx(fmean([1.0, 3.5, 2.9, 1.4, 3.3, 2.7])))
     assert rows["before", "held_out_loss"]["difference"] is None
     fresh = rows["after", "fresh_influence"]

@@ -80,20 +80,45 @@ def paired_difference(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> 
     return _two_level(differences_SR, seed)
 
 
-def welch_difference(first: Sequence[float], second: Sequence[float]) -> Interval:
-    """Difference of the means of two independent samples of any sizes and variances, by Welch's t interval.
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Mean of values taken as independent, by Student's t; a single value has an interval of no width.
+
+    For numbers of one run on its own, of which there may be a handful: with so few the bootstrap is too narrow.
+    """
+    return grouped_mean([[value] for value in values])
+
+
+def grouped_mean(groups: Sequence[Sequence[float]]) -> Interval:
+    """Mean of all values of groups that are independent of each other, as examples of one few-shot prompt are not.
+
+    The standard error is the cluster-robust one of a mean (Cochran 1977, section 9A): from the groups' sums of
+    deviations; with one value a group it is the ordinary one. The interval is Student's t on groups - 1 degrees.
+    """
+    values = [value for group in groups for value in group]
+    mean, num_groups = fmean(values), len(groups)
+    sums = [sum(value - mean for value in group) for group in groups]
+    if num_groups < 2 or not any(sums):
+        return Interval(mean, mean, mean, 0.0)
+    se = sqrt(num_groups / (num_groups - 1) * sum(total**2 for total in sums)) / len(values)
+    return _t_interval(mean, se, num_groups - 1)
+
+
+def welch_difference(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> Interval:
+    """Difference of the means of two independent samples of groups (see `grouped_mean`), by Welch's t interval.
 
     Raises:
-        DataError: a sample has fewer than two values.
+        DataError: a sample has fewer than two groups.
     """
-    if min(len(first), len(second)) < 2:
-        raise DataError(f"samples of {len(first)} and {len(second)} values have no interval: each needs at least two")
-    mean = fmean(first) - fmean(second)
-    one, two = (stdev(values) ** 2 / len(values) for values in (first, second))
-    if not one + two:
+    sizes = len(first), len(second)
+    if min(sizes) < 2:
+        raise DataError(f"samples of {sizes[0]} and {sizes[1]} groups have no interval: each needs at least two")
+    means = [grouped_mean(groups) for groups in (first, second)]
+    mean = means[0].mean - means[1].mean
+    squares = [found.se**2 for found in means]
+    if not sum(squares):
         return Interval(mean, mean, mean, 0.0)
-    freedom = (one + two) ** 2 / (one**2 / (len(first) - 1) + two**2 / (len(second) - 1))
-    return _t_interval(mean, sqrt(one + two), freedom)
+    freedom = sum(squares) ** 2 / sum(square**2 / (size - 1) for square, size in zip(squares, sizes, strict=True))
+    return _t_interval(mean, sqrt(sum(squares)), freedom)
 
 
 def verdict(mean: float, low: float, high: float, unit: str = "") -> str:

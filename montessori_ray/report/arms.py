@@ -21,6 +21,9 @@ MEASURES = {
 """Measure of `stages.compare` -> its title, and what a difference is in."""
 
 
+SHOWN = ("arm", "measure", "models", "value", "value_se", "value_by_model", "share_helpful")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Arm:
     """One arm by one measure."""
@@ -31,6 +34,7 @@ class Arm:
     """Students or teachers that were measured."""
     value: float
     value_se: float
+    value_by_model: list[float]
     share_helpful: float | None
     difference: Mean | None
     """From the arm all are compared with, None for itself; `count` is the number of models."""
@@ -71,7 +75,7 @@ def arms(source: Source) -> Arms | None:
     details = manifest.details
     measures = [
         Arm(
-            **{name: row[name] for name in ("arm", "measure", "models", "value", "value_se", "share_helpful")},
+            **{name: row[name] for name in SHOWN},
             sentence=row["sentence"],
             difference=None if row["difference"] is None else Mean(
                 mean=row["difference"], se=row["difference_se"], low=row["low"], high=row["high"],
@@ -145,7 +149,7 @@ def _table(found: Arms, measure: str) -> Markup:
     title, _ = MEASURES[measure]
     rows = [
         (
-            named(arm.arm), f"{arm.models}", values.plus_minus(arm.value, arm.value_se),
+            named(arm.arm), f"{arm.models}", values.plus_minus(arm.value, arm.value_se), _spread(arm, values),
             NONE if arm.share_helpful is None else percent(arm.share_helpful),
             NONE if arm.difference is None else changes.plus_minus(arm.difference.mean, arm.difference.se, sign=True),
             NONE if arm.difference is None else changes.span(arm.difference.low, arm.difference.high),
@@ -153,8 +157,22 @@ def _table(found: Arms, measure: str) -> Markup:
         for arm in arms_of
     ]  # fmt: skip
     models = "students" if measure == "held_out_loss" else "teachers"
-    heads = ("arm", models, values.label(title.lower()), "help", changes.label("difference"), "95 % interval")
-    return table(heads, rows, numbers=(1, 2, 3, 4, 5))
+    heads = (
+        "arm",
+        models,
+        values.label(title.lower()),
+        "lowest to highest",
+        "help",
+        changes.label("difference"),
+        "95 % interval",
+    )
+    return table(heads, rows, numbers=(1, 2, 3, 4, 5, 6))
+
+
+def _spread(arm: Arm, values: Scale) -> str:
+    """How far the arm's models lie apart."""
+    lowest, highest = min(arm.value_by_model), max(arm.value_by_model)
+    return NONE if lowest == highest else values.span(lowest, highest)
 
 
 def _data(data: Sequence[Data]) -> Markup:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import hypot, sqrt
-from statistics import fmean, stdev
+from itertools import chain
 from typing import Any
 
+from montessori_ray.evaluation.fresh import COLUMNS, Groups, by_place, share_helpful
+from montessori_ray.evaluation.statistics import grouped_mean, mean_interval, welch_difference
 from montessori_ray.report.plots import MAX_DOTS, quantiles
 from montessori_ray.report.source import Source
 from montessori_ray.report.words import Scale, count, number, percent, plus_minus, span
 
-CONFIDENCE = 0.95
 SMALLEST_INFLUENCE = 0.1
 """Influences below this are given in powers of ten: they are small changes of a loss."""
 
@@ -70,23 +70,7 @@ class Fresh:
 
 def mean_of(values: Sequence[float]) -> Mean:
     """Mean, standard error and interval of values taken as independent."""
-    se = stdev(values) / sqrt(len(values)) if len(values) > 1 else 0.0
-    return _with_interval(fmean(values), se, len(values), len(values) - 1)
-
-
-def difference_of(values: Mean, others: Mean) -> Mean:
-    """Difference of the means of two independent samples (Welch)."""
-    se = hypot(values.se, others.se)
-    parts = [(mean.se**4 / (mean.count - 1)) for mean in (values, others) if mean.count > 1]
-    freedom = se**4 / sum(parts) if se else 0.0
-    return _with_interval(values.mean - others.mean, se, values.count + others.count, freedom)
-
-
-def _with_interval(mean: float, se: float, count: int, freedom: float) -> Mean:
-    from scipy.special import stdtrit  # late: its import takes a second
-
-    reach = float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * se if freedom > 0 else 0.0
-    return Mean(mean=mean, se=se, low=mean - reach, high=mean + reach, count=count)
+    return Mean(**mean_interval(values)._asdict(), count=len(values))
 
 
 # -- losses ---------------------------------------------------------------------------------------------------------
@@ -140,26 +124,27 @@ def _loss_rows(source: Source) -> dict[tuple[str, str], dict[str, tuple[float, s
 
 def fresh(source: Source) -> list[Fresh]:
     """By teacher, the original one first."""
-    by_place: dict[str, list[float]] = {}
-    for stage, _, artifact in source.finished("score_fresh"):
-        if stage.name == FRESH_OF_LOOP and source.has(artifact, ("example_id", "influence")):
-            for row in artifact.rows(["example_id", "influence"]):
-                if row["influence"] is not None:
-                    by_place.setdefault(row["example_id"].rsplit("-fresh-", 1)[0], []).append(row["influence"])
-    found: list[Fresh] = []
-    for tuned, name in enumerate(sorted(by_place, key=lambda name: (name == "final", name))):
-        values = by_place[name]
-        mean = mean_of(values)
-        found.append(
-            Fresh(
-                teacher=f"tuned {tuned}x" if tuned else _ORIGINAL,
-                influence=mean,
-                share_helpful=sum(value < 0 for value in values) / len(values),
-                values=quantiles(values, MAX_DOTS),
-                change=difference_of(mean, found[0].influence) if tuned else None,
-            )
-        )
-    return found
+    tables = [
+        artifact.rows(COLUMNS)
+        for stage, _, artifact in source.finished("score_fresh")
+        if stage.name == FRESH_OF_LOOP and source.has(artifact, COLUMNS)
+    ]
+    teachers = list(by_place(chain(*tables)).values())
+    return [_fresh_of(groups, teachers[0] if tuned else None, tuned) for tuned, groups in enumerate(teachers)]
+
+
+def _fresh_of(groups: Groups, first: Groups | None, tuned: int) -> Fresh:
+    values = [value for group in groups for value in group]
+    change = None
+    if first is not None and min(len(groups), len(first)) > 1:
+        change = Mean(**welch_difference(groups, first)._asdict(), count=len(values) + sum(map(len, first)))
+    return Fresh(
+        teacher=f"tuned {tuned}x" if tuned else _ORIGINAL,
+        influence=Mean(**grouped_mean(groups)._asdict(), count=len(values)),
+        share_helpful=share_helpful(groups),
+        values=quantiles(values, MAX_DOTS),
+        change=change,
+    )
 
 
 # -- sentences ------------------------------------------------------------------------------------------------------

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
+from montessori_ray.evaluation import fresh
 from montessori_ray.evaluation.diversity import describe_data
-from montessori_ray.evaluation.statistics import Interval, mean_se, paired_difference, verdict, welch_difference
+from montessori_ray.evaluation.fresh import Groups
+from montessori_ray.evaluation.statistics import (
+    Interval,
+    grouped_mean,
+    mean_interval,
+    paired_difference,
+    verdict,
+    welch_difference,
+)
 from montessori_ray.stages.base import StageContext
 from montessori_ray.stages.evaluate import SETS, losses_of_students
 
@@ -57,12 +67,12 @@ def compare(context: StageContext, *, cells: Sequence[CellOutputs], against: str
     for cell in cells:
         by_arm.setdefault(cell.arm, []).append(cell)
     losses = {measure: _losses(context, measure) for measure in SETS}
-    fresh = _fresh_influence(context)
+    influence = fresh.by_teacher(context.input(1).rows(fresh.COLUMNS), lambda example_id: example_id.split(OF)[0])
     rows: list[dict[str, Any]] = []
     for arm, own in by_arm.items():
         for measure in SETS:
             rows.append(_loss_row(arm, measure, own, by_arm[against], losses[measure]))
-        rows.append(_fresh_row(arm, own, by_arm[against], fresh))
+        rows.append(_fresh_row(arm, own, by_arm[against], influence))
     context.append(rows)
     return {
         "against": against,
@@ -80,33 +90,23 @@ def _losses(context: StageContext, measure: str) -> dict[str, list[float]]:
     return losses
 
 
-def _fresh_influence(context: StageContext) -> dict[str, list[float]]:
-    """Influences of every teacher's fresh examples, by the place of its fresh set."""
-    influence: dict[str, list[float]] = {}
-    for row in context.input(1).rows(["example_id", "influence"]):
-        if row["influence"] is not None:
-            influence.setdefault(row["example_id"].split(OF)[0], []).append(row["influence"])
-    return influence
-
-
 def _loss_row(
     arm: str, measure: str, own: list[CellOutputs], other: list[CellOutputs], losses: dict[str, list[float]]
 ) -> dict[str, Any]:
     """Loss of an arm's students, and the difference paired by seeds and row."""
     mine, theirs = (np.array([losses[cell.student] for cell in cells]) for cells in (own, other))
     difference = None if own is other else paired_difference(mine, theirs)
-    row_means = mine.mean(axis=0).tolist()
-    return _row(arm, f"{measure}_loss", mean_se(row_means), difference, students=len({cell.student for cell in own}))
+    models = [fmean(losses[name]) for name in dict.fromkeys(cell.student for cell in own)]
+    return _row(arm, f"{measure}_loss", mean_interval(mine.mean(axis=0).tolist()), difference, models)
 
 
-def _fresh_row(
-    arm: str, own: list[CellOutputs], other: list[CellOutputs], fresh: dict[str, list[float]]
-) -> dict[str, Any]:
+def _fresh_row(arm: str, own: list[CellOutputs], other: list[CellOutputs], found: dict[str, Groups]) -> dict[str, Any]:
     """Mean influence of what an arm's teachers write afresh; different texts, so the difference is not paired."""
-    mine, theirs = ([value for name in _places(cells) for value in fresh[name]] for cells in (own, other))
+    mine, theirs = ([group for name in _places(cells) for group in found[name]] for cells in (own, other))
     difference = None if own is other else welch_difference(mine, theirs)
-    return _row(arm, "fresh_influence", mean_se(mine), difference, students=len(_places(own))) | {
-        "share_helpful": sum(value < 0 for value in mine) / len(mine)
+    models = [grouped_mean(found[name]).mean for name in _places(own)]
+    return _row(arm, "fresh_influence", grouped_mean(mine), difference, models) | {
+        "share_helpful": fresh.share_helpful(mine)
     }
 
 
@@ -114,11 +114,10 @@ def _places(cells: list[CellOutputs]) -> list[str]:
     return list(dict.fromkeys(cell.fresh_set for cell in cells))
 
 
-def _row(
-    arm: str, measure: str, value: dict[str, float], difference: Interval | None, *, students: int
-) -> dict[str, Any]:
+def _row(arm: str, measure: str, value: Interval, difference: Interval | None, models: list[float]) -> dict[str, Any]:
     row: dict[str, Any] = {
-        "arm": arm, "measure": measure, "value": value["mean"], "value_se": value["se"], "models": students,
+        "arm": arm, "measure": measure, "value": value.mean, "value_se": value.se, "models": len(models),
+        "value_by_model": models,
         "difference": None, "low": None, "high": None, "difference_se": None, "share_helpful": None, "sentence": None,
     }  # fmt: skip
     if difference is not None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import ray
 
-from montessori_ray.evaluation.statistics import mean_se
+from montessori_ray.evaluation import fresh
+from montessori_ray.evaluation.statistics import grouped_mean, mean_se
 from montessori_ray.stages.base import StageContext
 
 SETS = ("reference", "held_out")
@@ -84,25 +85,18 @@ def _loss_summary(losses: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
 
 def _fresh_summary(context: StageContext) -> dict[str, Any]:
     """Influence of each teacher's fresh instructions; the change is from the original teacher's."""
-    by_teacher: dict[str, list[float]] = {}
-    for row in context.input(5).rows(["example_id", "influence"]):
-        if row["influence"] is not None:
-            by_teacher.setdefault(_teacher_of(row["example_id"]), []).append(row["influence"])
-    names = sorted(by_teacher, key=lambda name: (name == "final", name))
+    teachers = list(fresh.by_place(context.input(5).rows(fresh.COLUMNS)).values())
     summary: dict[str, Any] = {}
-    first = mean_se(by_teacher[names[0]])
-    for number, name in enumerate(names):
-        values = by_teacher[name]
-        entry: dict[str, Any] = mean_se(values) | {
-            "scored": len(values),
-            "share_helpful": sum(value < 0 for value in values) / len(values),
+    for number, groups in enumerate(teachers):
+        mean = grouped_mean(groups)
+        entry: dict[str, Any] = {
+            "mean": mean.mean,
+            "se": mean.se,
+            "scored": sum(map(len, groups)),
+            "share_helpful": fresh.share_helpful(groups),
         }
         if number:
-            entry["change"] = {"mean": entry["mean"] - first["mean"], "se": hypot(entry["se"], first["se"])}
-        summary["original" if number == 0 else f"tuned {number}x"] = entry
+            first = grouped_mean(teachers[0])
+            entry["change"] = {"mean": mean.mean - first.mean, "se": hypot(mean.se, first.se)}
+        summary[f"tuned {number}x" if number else "original"] = entry
     return summary
-
-
-def _teacher_of(example_id: str) -> str:
-    """`iteration_00-fresh-p000001-2` -> `iteration_00`: the place in the loop where that teacher wrote."""
-    return example_id.rsplit("-fresh-", 1)[0]

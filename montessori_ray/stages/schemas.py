@@ -135,6 +135,7 @@ COMPARISON = pa.schema(
         ("measure", pa.string()),  # held_out_loss, reference_loss, fresh_influence
         ("models", pa.int32()),  # students, or teachers, that were measured
         ("value", pa.float64()),
+        ("value_by_model", pa.list_(pa.float64())),  # of each of them: how far seeds lie apart
         ("value_se", pa.float64()),  # over rows or examples
         ("difference", pa.float64()),  # from the arm that all are compared with; null in its own rows
         ("low", pa.float64()),  # 95 % interval of the difference

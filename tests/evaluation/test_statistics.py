@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from montessori_ray.errors import DataError
-from montessori_ray.evaluation.statistics import mean_se, paired_difference, verdict, welch_difference
+from montessori_ray.evaluation.statistics import (
+    grouped_mean,
+    mean_interval,
+    mean_se,
+    paired_difference,
+    verdict,
+    welch_difference,
+)
 
 
 def table(rng: np.random.Generator, seeds: int, rows: int, *, of_seeds: float, of_rows: float) -> np.ndarray:
@@ -103,17 +111,35 @@ def test_what_cannot_be_paired_is_refused(first: list[float], second: list[float
         paired_difference(first, second)
 
 
+def alone(values: ArrayLike) -> list[list[float]]:
+    """Every value a group of its own."""
+    return [[float(value)] for value in np.asarray(values)]
+
+
 def test_independent_means_differ_as_welch_says() -> None:
     rng = np.random.default_rng(8)
     first, second = rng.standard_normal(25) * 3 + 1, rng.standard_normal(60)
-    change = welch_difference(first.tolist(), second.tolist())
+    change = welch_difference(alone(first), alone(second))
     reference = stats.ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
     assert (change.low, change.high) == pytest.approx((reference.low, reference.high))
     assert change.mean == pytest.approx(first.mean() - second.mean())
     assert change.se == pytest.approx((first.var(ddof=1) / 25 + second.var(ddof=1) / 60) ** 0.5)
-    assert welch_difference([2.0, 2.0], [1.0, 1.0]) == (1, 1, 1, 0)
+    assert welch_difference(alone([2.0, 2.0]), alone([1.0, 1.0])) == (1, 1, 1, 0)
     with pytest.raises(DataError, match="at least two"):
-        welch_difference([1.0], [1.0, 2.0])
+        welch_difference([[1.0, 3.0]], alone([1.0, 2.0]))
+
+
+def test_a_mean_of_groups_knows_that_siblings_are_alike() -> None:
+    """Groups of equal size are as good as their means; and the error holds what means of such groups really vary."""
+    rng = np.random.default_rng(9)
+    values = rng.standard_normal((400, 50, 1)) + 0.5 * rng.standard_normal((400, 50, 4))
+    found = [grouped_mean(groups) for groups in values.tolist()]
+    of_means = mean_interval(values[0].mean(axis=-1).tolist())
+    assert found[0] == pytest.approx(of_means)
+    assert mean_se(values[0].ravel().tolist())["se"] < 0.7 * of_means.se
+    covered = np.mean([low <= 0 <= high for _, low, high, _ in found])
+    assert 0.92 < covered < 0.98
+    assert grouped_mean([[1.0, 3.0]]) == (2, 2, 2, 0)
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,9 @@ DATA = {
 def row(arm: str, measure: str, value: float, difference: float | None, half: float = 0.01) -> dict[str, Any]:
     low, high = (None, None) if difference is None else (difference - half, difference + half)
     return {
-        "arm": arm, "measure": measure, "models": 6, "value": value, "value_se": 0.1, "difference": difference,
-        "low": low, "high": high, "difference_se": None if difference is None else half / 2, "share_helpful": 0.6,
+        "arm": arm, "measure": measure, "models": 6, "value": value, "value_se": 0.1,
+        "value_by_model": [value - 0.25, value + 0.5], "difference": difference, "low": low, "high": high,
+        "difference_se": None if difference is None else half / 2, "share_helpful": 0.6,
         "sentence": None if difference is None else f"said of {arm}",
     }  # fmt: skip
 
@@ -61,7 +62,7 @@ def test_every_difference_is_drawn_and_told(tmp_path: Path) -> None:
     assert len(plots) == 2
     assert [len(re.findall(r'id="[^"]*dot-\d+"', plot)) for plot in plots] == [2, 2]
     text = re.sub(r"<[^>]+>", " ", body)
-    for said in ("montessori", "shuffled labels", "99.0%", "2.0%", "94 to 96", "4,000"):
+    for said in ("montessori", "shuffled labels", "99.0%", "2.0%", "94 to 96", "4,000", "2.40 to 3.15"):
         assert said in text, said
 
 
