@@ -470,6 +470,9 @@ class Pair(Section):
         return self
 
 
+DpoLoss = Literal["sigmoid", "sigmoid_norm", "ipo", "sft"]
+
+
 class DpoOptimizer(Optimizer):
     """AdamW for DPO."""
 
@@ -496,6 +499,10 @@ class TuneTeacher(Training):
     """Recompute activations in the backward pass to save memory (paper: on)."""
     beta: Positive = 0.1
     """Strength of the pull to the reference policy (paper: 0.1)."""
+    losses: Annotated[dict[DpoLoss, Positive], Field(min_length=1)] = {"sigmoid": 1.0}
+    """TRL's losses, added up with these weights: `sigmoid` (paper: DPO), `sigmoid_norm` (by log-probability a token, so
+    that length earns nothing), `ipo` (pulls the margin to a value instead of ever on), `sft` (likelihood of the chosen
+    ones)."""
     max_length: Count = 1024
     """Tokens of prompt and completion (paper: 1024)."""
     eval_fraction: Fraction = 0.1

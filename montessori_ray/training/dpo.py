@@ -337,6 +337,8 @@ def training_arguments(tuning: TuneTeacher, folder: str, seed: int, *, num_pairs
         use_cpu=not tuning.worker.gpus,
         # DPO
         beta=tuning.beta,
+        loss_type=list(tuning.losses),
+        loss_weights=list(tuning.losses.values()),
         max_length=tuning.max_length,
         precompute_ref_log_probs=True,
         # batches

@@ -195,32 +195,40 @@ def trl_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_RANK", raising=False)  # tests that made this process a scoring group set it
 
 
+def trainer_on_pairs(teacher: Path, folder: Path, tuning: TuneTeacher) -> tuple[dpo.TeacherTrainer, Any, Dataset]:
+    """A trainer on all PAIRS, its untuned reference, and the pairs as token ids."""
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    policy, reference = (AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32) for _ in range(2))
+    rows = dpo.tokenized(PAIRS, tokenizer, append_eos=True)
+    arguments = dpo.training_arguments(tuning, str(folder), 0, num_pairs=len(PAIRS))
+    trainer = dpo.TeacherTrainer(
+        model=policy, args=arguments, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
+    )
+    return trainer, reference, rows
+
+
+def move(policy: Any) -> None:
+    """Change all weights a little, as training does."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+
+
 @pytest.mark.parametrize("completions_only", [False, True])
 @pytest.mark.usefixtures("trl_left_as_it_was")
 def test_loss_and_rewards_equal_a_plain_transcription(teacher: Path, tmp_path: Path, completions_only: bool) -> None:
     if completions_only:
         dpo.score_completions_only()
-    tokenizer = AutoTokenizer.from_pretrained(teacher)
-    reference = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
-    policy = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
-    rows = dpo.tokenized(PAIRS, tokenizer, append_eos=True)
-    trainer = dpo.TeacherTrainer(
-        model=policy,
-        args=dpo.training_arguments(TUNING, str(tmp_path), 0, num_pairs=len(PAIRS)),
-        train_dataset=rows,
-        eval_dataset=rows,
-        processing_class=tokenizer,
-    )
+    trainer, reference, rows = trainer_on_pairs(teacher, tmp_path, TUNING)
+    policy: Any = trainer.model
     assert isinstance(trainer.train_dataset, Dataset)
     before = trainer.reference_metrics()
     assert before == pytest.approx(trainer.reward_metrics() | {"reward_accuracy": 0.5}, abs=1e-5)
     assert before["loss"] == pytest.approx(math.log(2))
     assert before["reward_margin"] == 0.0
 
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    move(policy)
     chosen, rejected = plain_rewards(policy, reference, list(rows))
     assert chosen.abs().min() > 1e-3
     after = trainer.reward_metrics()
@@ -239,6 +247,24 @@ def test_loss_and_rewards_equal_a_plain_transcription(teacher: Path, tmp_path: P
     gradients = zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True)
     for gradient, plain in gradients:
         torch.testing.assert_close(gradient, plain, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("trl_left_as_it_was")
+def test_losses_are_added_with_their_weights(teacher: Path, tmp_path: Path) -> None:
+    """By-token margins (length-normalised DPO of arXiv 2411.15124) and the mean likelihood of the tokens of chosen completions."""
+    losses = {"sigmoid_norm": 0.5, "sft": 2.0}
+    tuning = TUNING.model_copy(update={"losses": losses, "micro_batch_size": len(PAIRS)})
+    trainer, reference, rows = trainer_on_pairs(teacher, tmp_path, tuning)
+    policy: Any = trainer.model
+    move(policy)
+    assert trainer.eval_dataset is not None
+    (batch,) = trainer.get_eval_dataloader(trainer.eval_dataset)
+    chosen, rejected = plain_rewards(policy, reference, list(rows))
+    lengths = [torch.tensor([len(row[key]) for row in rows]) for key in ("chosen_ids", "rejected_ids")]
+    by_token = -F.logsigmoid(chosen / lengths[0] - rejected / lengths[1]).mean()
+    likelihood = sum(plain_log_prob(policy, row["prompt_ids"], row["chosen_ids"]) for row in rows) / lengths[0].sum()
+    expected = 0.5 * by_token - 2.0 * likelihood
+    assert trainer.compute_loss(policy, batch).item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 # -- whole trainings ------------------------------------------------------------------------------------------------
