@@ -95,17 +95,19 @@ def plan(config: ConfigOption, overrides: Overrides = None) -> None:
     settings = load_config(config, overrides)
     nodes = _nodes(settings)
     table = Table(title=f"Plan of {open_run(settings.run).root}", box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("stage", no_wrap=True)
-    table.add_column("rows", justify="right")
-    table.add_column("asks for at once", no_wrap=True)
-    table.add_column("will take", no_wrap=True)
-    stages = comparison.all_stages(settings)
     calibration = load_calibration(settings, open_run(settings.run))
+    table.add_column("stage", overflow="fold")
+    table.add_column("rows", justify="right", no_wrap=True)
+    table.add_column("asks for at once", no_wrap=True)
+    if calibration:
+        table.add_column("will take", no_wrap=True)
+    stages = comparison.all_stages(settings)
     for stage in stages:
         rows = f"{stage.rows:,}" if stage.rows is not None else ""
-        time_it = say_scoring(calibration, stage, settings) if calibration else ""
-        table.add_row(stage.name, rows, say_bundles(bundles_of(stage, settings)), time_it)
-    RichConsole(soft_wrap=True).print(table, f"cluster: {say_bundles(nodes)}", sep="")
+        time_it = [say_scoring(calibration, stage, settings)] if calibration else []
+        table.add_row(stage.name, rows, say_bundles(bundles_of(stage, settings)), *time_it)
+    RichConsole().print(table)
+    typer.echo(f"cluster: {say_bundles(nodes)}")
     if calibration is None:
         typer.echo("how long scoring will take with these settings: `montessori calibrate` measures it")
     for stage in stages:
