@@ -63,7 +63,8 @@ def run(tmp_path: Path) -> Run:
     ]
     put(run, "influence", influence, columns.INFLUENCE)
     for name in ("reference", "held_out"):
-        put(run, name, [{"instruction": "Name a river."}], columns.INPUT_ROWS)
+        rows = [{"instruction": "Name a river.", "category": category} for category in ("facts", "facts", "lists")]
+        put(run, name, rows, columns.INPUT_ROWS)
     for arm in ("before", "after"):
         texts = [f"Say {arm} number {number}." for number in range(3)]
         put(run, f"{arm}/instructions", [{"instruction": text, "status": "kept"} for text in texts]
@@ -76,7 +77,7 @@ def run(tmp_path: Path) -> Run:
 def test_differences_are_paired_by_seed_and_row(run: Run) -> None:
     told = context(run, "result", columns.COMPARISON, ("losses", "influence", "reference", "held_out"))
     details = compare(told, cells=CELLS, against="before")
-    rows = {(row["arm"], row["measure"]): row for row in details["measures"]}
+    rows = {(row["arm"], row["measure"]): row for row in details["measures"] if row["category"] is None}
     expected = fmean(
         after - before
         for seed in (0, 1)
@@ -88,6 +89,9 @@ def test_differences_are_paired_by_seed_and_row(run: Run) -> None:
     assert found["value_by_model"] == [pytest.approx(fmean(LOSSES[f"after/{seed}/student"])) for seed in (0, 1)]
     assert (found["models"], found["value"]) == (2, pytest.approx(fmean([1.0, 3.5, 2.9, 1.4, 3.3, 2.7])))
     assert rows["before", "held_out_loss"]["difference"] is None
+    (of_category,) = (row for row in details["measures"] if row["category"] and row["arm"] == "after")
+    assert (of_category["category"], of_category["measure"]) == ("facts", "held_out_loss")
+    assert of_category["difference"] == pytest.approx(fmean([-1.0, -0.5, -0.8, -0.9]))
     fresh = rows["after", "fresh_influence"]
     assert fresh["difference"] == pytest.approx(fmean([-0.5, -0.3, -0.4, 0.1]) - fmean([0.1, -0.1, 0.3]))
     assert (fresh["share_helpful"], fresh["models"]) == (0.75, 1)

@@ -21,7 +21,7 @@ MEASURES = {
 """Measure of `stages.compare` -> its title, and what a difference is in."""
 
 
-SHOWN = ("arm", "measure", "models", "value", "value_se", "value_by_model", "share_helpful")
+SHOWN = ("arm", "measure", "category", "models", "value", "value_se", "value_by_model", "share_helpful")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,8 @@ class Arm:
 
     arm: str
     measure: str
+    category: str | None
+    """Of the held-out rows it is about; None: all of them."""
     models: int
     """Students or teachers that were measured."""
     value: float
@@ -64,7 +66,11 @@ class Arms:
 
     def of(self, measure: str) -> list[Arm]:
         """The arms by this measure."""
-        return [arm for arm in self.measures if arm.measure == measure]
+        return [arm for arm in self.measures if arm.measure == measure and arm.category is None]
+
+    def of_category(self, category: str) -> list[Arm]:
+        """The arms by held-out loss in one category of rows."""
+        return [arm for arm in self.measures if arm.category == category]
 
 
 def arms(source: Source) -> Arms | None:
@@ -118,7 +124,7 @@ def section(found: Arms | None) -> Markup | None:
         "influences are not paired. Lower is better in both."
     )
     tables = [_table(found, measure) for measure in MEASURES]
-    return join([paragraph(note, kind="note"), figures(*drawn), *tables, _data(found.data)])
+    return join([paragraph(note, kind="note"), figures(*drawn), *tables, _by_category(found), _data(found.data)])
 
 
 def named(arm: str) -> str:
@@ -167,6 +173,24 @@ def _table(found: Arms, measure: str) -> Markup:
         "95 % interval",
     )
     return table(heads, rows, numbers=(1, 2, 3, 4, 5, 6))
+
+
+def _by_category(found: Arms) -> Markup:
+    """Change of the held-out loss in every category of rows; nothing where the rows have none."""
+    categories = list(dict.fromkeys(arm.category for arm in found.measures if arm.category))
+    if not categories:
+        return Markup()
+    arms_of = {category: [arm for arm in found.of_category(category) if arm.difference] for category in categories}
+    scale = Scale.of(*(arm.difference.mean for told in arms_of.values() for arm in told if arm.difference))
+    rows = [
+        (
+            category,
+            *(scale.plus_minus(arm.difference.mean, arm.difference.se, sign=True) for arm in told if arm.difference),
+        )
+        for category, told in arms_of.items()
+    ]  # fmt: skip
+    names = [named(arm.arm) for arm in next(iter(arms_of.values()))]
+    return table((scale.label("held-out loss by category: difference"), *names), rows, numbers=range(1, 1 + len(names)))
 
 
 def _spread(arm: Arm, values: Scale) -> str:

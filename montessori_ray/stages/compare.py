@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ from montessori_ray.evaluation.statistics import (
 )
 from montessori_ray.stages.base import StageContext
 from montessori_ray.stages.evaluate import SETS, losses_of_students
+
+HELD_OUT = "held_out"
 
 OF = "|"
 """Between a fresh set's place and an example's id, which is unique among the examples of one teacher only."""
@@ -67,11 +69,15 @@ def compare(context: StageContext, *, cells: Sequence[CellOutputs], against: str
     for cell in cells:
         by_arm.setdefault(cell.arm, []).append(cell)
     losses = {measure: _losses(context, measure) for measure in SETS}
+    categories = _categories(context)
     influence = fresh.by_teacher(context.input(1).rows(fresh.COLUMNS), lambda example_id: example_id.split(OF)[0])
     rows: list[dict[str, Any]] = []
     for arm, own in by_arm.items():
         for measure in SETS:
             rows.append(_loss_row(arm, measure, own, by_arm[against], losses[measure]))
+        for category, chosen in categories.items():
+            row = _loss_row(arm, HELD_OUT, own, by_arm[against], losses[HELD_OUT], chosen)
+            rows.append(row | {"category": category})
         rows.append(_fresh_row(arm, own, by_arm[against], influence))
     context.append(rows)
     return {
@@ -90,13 +96,31 @@ def _losses(context: StageContext, measure: str) -> dict[str, list[float]]:
     return losses
 
 
+def _categories(context: StageContext) -> dict[str, list[int]]:
+    """Category -> positions of its held-out rows, the largest first; of those with two rows, if there are several."""
+    of_rows = context.input(3).column("category")
+    counts = Counter(filter(None, of_rows)).most_common()
+    if len(counts) < 2:
+        return {}
+    return {name: [at for at, of in enumerate(of_rows) if of == name] for name, count in counts if count > 1}
+
+
 def _loss_row(
-    arm: str, measure: str, own: list[CellOutputs], other: list[CellOutputs], losses: dict[str, list[float]]
+    arm: str,
+    measure: str,
+    own: list[CellOutputs],
+    other: list[CellOutputs],
+    losses: dict[str, list[float]],
+    chosen: list[int] | None = None,
 ) -> dict[str, Any]:
-    """Loss of an arm's students, and the difference paired by seeds and row."""
-    mine, theirs = (np.array([losses[cell.student] for cell in cells]) for cells in (own, other))
+    """Loss of an arm's students, and the difference paired by seeds and row; `chosen` positions of rows or all."""
+    mine, theirs = (
+        np.array([losses[cell.student] for cell in cells])[:, slice(None) if chosen is None else chosen]
+        for cells in (own, other)
+    )
     difference = None if own is other else paired_difference(mine, theirs)
-    models = [fmean(losses[name]) for name in dict.fromkeys(cell.student for cell in own)]
+    students = {cell.student: values for cell, values in zip(own, mine, strict=True)}
+    models = [float(values.mean()) for values in students.values()]
     return _row(arm, f"{measure}_loss", mean_interval(mine.mean(axis=0).tolist()), difference, models)
 
 
@@ -117,7 +141,7 @@ def _places(cells: list[CellOutputs]) -> list[str]:
 def _row(arm: str, measure: str, value: Interval, difference: Interval | None, models: list[float]) -> dict[str, Any]:
     row: dict[str, Any] = {
         "arm": arm, "measure": measure, "value": value.mean, "value_se": value.se, "models": len(models),
-        "value_by_model": models,
+        "value_by_model": models, "category": None,
         "difference": None, "low": None, "high": None, "difference_se": None, "share_helpful": None, "sentence": None,
     }  # fmt: skip
     if difference is not None:

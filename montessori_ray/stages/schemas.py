@@ -133,6 +133,7 @@ COMPARISON = pa.schema(
     [
         ("arm", pa.string()),
         ("measure", pa.string()),  # held_out_loss, reference_loss, fresh_influence
+        ("category", pa.string()),  # of the held-out rows it is about; null: all of them
         ("models", pa.int32()),  # students, or teachers, that were measured
         ("value", pa.float64()),
         ("value_by_model", pa.list_(pa.float64())),  # of each of them: how far seeds lie apart

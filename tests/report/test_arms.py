@@ -26,10 +26,12 @@ DATA = {
 }  # fmt: skip
 
 
-def row(arm: str, measure: str, value: float, difference: float | None, half: float = 0.01) -> dict[str, Any]:
+def row(
+    arm: str, measure: str, value: float, difference: float | None, half: float = 0.01, category: str | None = None
+) -> dict[str, Any]:
     low, high = (None, None) if difference is None else (difference - half, difference + half)
     return {
-        "arm": arm, "measure": measure, "models": 6, "value": value, "value_se": 0.1,
+        "arm": arm, "measure": measure, "category": category, "models": 6, "value": value, "value_se": 0.1,
         "value_by_model": [value - 0.25, value + 0.5], "difference": difference, "low": low, "high": high,
         "difference_se": None if difference is None else half / 2, "share_helpful": 0.6,
         "sentence": None if difference is None else f"said of {arm}",
@@ -44,6 +46,9 @@ def source(folder: Path) -> Source:
         row("self_instruct", "held_out_loss", 2.7, None),
         row("montessori", "held_out_loss", 2.65, -0.05),
         row("shuffled_labels", "held_out_loss", 2.71, 0.004),
+        row("self_instruct", "held_out_loss", 2.2, None, category="facts"),
+        row("montessori", "held_out_loss", 2.1, -0.1234, category="facts"),
+        row("shuffled_labels", "held_out_loss", 2.3, 0.1, category="facts"),
         row("self_instruct", "fresh_influence", -7e-4, None),
         row("montessori", "fresh_influence", -3e-3, -2.3e-3, 1e-3),
         row("shuffled_labels", "fresh_influence", 0.0, 7e-4),
@@ -62,7 +67,17 @@ def test_every_difference_is_drawn_and_told(tmp_path: Path) -> None:
     assert len(plots) == 2
     assert [len(re.findall(r'id="[^"]*dot-\d+"', plot)) for plot in plots] == [2, 2]
     text = re.sub(r"<[^>]+>", " ", body)
-    for said in ("montessori", "shuffled labels", "99.0%", "2.0%", "94 to 96", "4,000", "2.40 to 3.15"):
+    for said in (
+        "montessori",
+        "shuffled labels",
+        "99.0%",
+        "2.0%",
+        "94 to 96",
+        "4,000",
+        "2.40 to 3.15",
+        "facts",
+        "0.1234",
+    ):
         assert said in text, said
 
 

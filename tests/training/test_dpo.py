@@ -251,7 +251,7 @@ def test_loss_and_rewards_equal_a_plain_transcription(teacher: Path, tmp_path: P
 
 @pytest.mark.usefixtures("trl_left_as_it_was")
 def test_losses_are_added_with_their_weights(teacher: Path, tmp_path: Path) -> None:
-    """By-token margins (length-normalised DPO of arXiv 2411.15124) and the mean likelihood of the tokens of chosen completions."""
+    """Margins by token (length-normalised DPO, arXiv 2411.15124) and the mean likelihood of the chosen tokens."""
     losses = {"sigmoid_norm": 0.5, "sft": 2.0}
     tuning = TUNING.model_copy(update={"losses": losses, "micro_batch_size": len(PAIRS)})
     trainer, reference, rows = trainer_on_pairs(teacher, tmp_path, tuning)
