@@ -5,19 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import pyarrow.parquet as pq
-from datasets import Dataset, load_dataset
 
 from montessori_ray.config import DataFile
 from montessori_ray.errors import DataError
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".arrow": "arrow"}
 """File ending -> 🤗 Datasets reader."""
-
-datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else every read of a local file sends a request to the Hub
 
 
 def read_rows(role: str, file: DataFile, *, needs_response: bool) -> Iterator[dict[str, Any]]:
@@ -111,16 +110,20 @@ def _open(role: str, file: DataFile) -> Dataset:
     looks_local = path.suffix in READERS or "://" in file.path or path.is_absolute() or path.exists()
     if looks_local and "://" not in file.path and not path.exists():
         raise DataError(f"data.{role}: no file at {file.path}")
+
+    import datasets  # late: takes seconds, and reads at its import whether the command line wants its progress bars
+
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else every read of a local file sends a request to the Hub
     try:
         if not looks_local:
-            return load_dataset(file.path, split=file.split)
+            return datasets.load_dataset(file.path, split=file.split)
         files = sorted(map(str, path.glob("*"))) if path.is_dir() else [file.path]
         files = [name for name in files if Path(name).suffix in READERS]
         if not files:
             raise DataError(f"data.{role}: {file.path} holds no {', '.join(READERS)} file")
         if path.exists() and all(_is_empty(name) for name in files):
             raise DataError(f"data.{role}: {file.path} is empty: it has 0 rows, none from row {file.start} on")
-        return load_dataset(READERS[Path(files[0]).suffix], data_files=files, split="train")
+        return datasets.load_dataset(READERS[Path(files[0]).suffix], data_files=files, split="train")
     except DataError:
         raise
     except Exception as error:  # Datasets wraps what readers raise in types of its own; all mean the same here
