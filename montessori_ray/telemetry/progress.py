@@ -26,12 +26,23 @@ class Progress:
     note: str = ""
     groups: int = 0
     """Scoring groups at work."""
+    found: int | None = None
+    """Units done at the first report: those of a run that is continued."""
     first_done: int | None = None
+    """Units done at the first report with more than that; from then on there is a rate."""
     first_time: float = 0.0
     curves: list[tuple[int, str, float]] = field(default_factory=list)
 
+    def reach(self, done: int) -> None:
+        """So many units are done."""
+        if self.found is None:
+            self.found = done
+        elif self.first_done is None and done > self.found:
+            self.first_done, self.first_time = done, time.monotonic()
+        self.done = done
+
     def rate(self) -> float | None:
-        """Units a second since the first report, None before the second one."""
+        """Units a second since the first were done, so that starting workers does not count; None until more are."""
         if self.first_done is None or self.done <= self.first_done:
             return None
         return (self.done - self.first_done) / max(time.monotonic() - self.first_time, 1e-9)
@@ -56,15 +67,15 @@ class ProgressBoard:
     ) -> None:
         """Record that `done` of `total` are finished and append metric points at step `done`."""
         progress = self._stages.setdefault(stage, Progress())
-        if progress.first_done is None:
-            progress.first_done, progress.first_time = done, time.monotonic()
-        progress.done, progress.unit, progress.note, progress.groups = done, unit, note, groups
+        progress.reach(done)
+        progress.unit, progress.note, progress.groups = unit, note, groups
         progress.total = total if total is not None else progress.total
         progress.curves.extend((done, name, value) for name, value in metrics.items())
 
     def advance(self, stage: str, done: int) -> None:
         """Record that `done` more are finished: for many workers, none of which knows the whole."""
-        self._stages.setdefault(stage, Progress()).done += done
+        progress = self._stages.setdefault(stage, Progress())
+        progress.reach(progress.done + done)
 
     def read(self, stage: str) -> tuple[Progress, float | None]:
         """Progress and rate of a stage; its metric points are handed over once."""

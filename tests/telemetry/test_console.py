@@ -192,3 +192,15 @@ def test_brackets_in_the_path_of_a_run_are_shown(tmp_path: Path, monkeypatch: py
     console, buffer = make_console(monkeypatch)
     console.summary(Run(str(tmp_path / "run[b]")), [])
     assert "run[b]" in buffer.getvalue()
+
+
+def test_a_rate_leaves_out_what_was_found_and_the_start_of_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("montessori_ray.telemetry.progress.time.monotonic", lambda: now)
+    progress = Progress(total=64)
+    said = []
+    for seconds, done in ((0, 32), (30, 32), (10, 36), (4, 38), (4, 40)):
+        now += seconds
+        progress.reach(done)
+        said.append(progress.rate())
+    assert said == [None, None, None, 0.5, 0.5]
