@@ -451,8 +451,11 @@ class Pair(Section):
     exchanged (`shuffled_labels`: the same texts without the signal)."""
     rule: Literal["all", "best_worst"] = "all"
     """`all`: every helpful x harmful combination of a few-shot prompt (paper). `best_worst`: one pair a prompt."""
+    threshold: Literal["baseline", "siblings"] = "baseline"
+    """What an influence is helpful below and harmful above: 0, `score.baseline`'s (paper), or the mean of its few-shot
+    prompt's; then prompts give pairs all of whose examples help, or none."""
     margin_se: Annotated[float, Field(ge=0)] = 0.0
-    """Standard errors by which the influence of chosen and rejected must differ from zero; 0 is the paper's rule."""
+    """Standard errors by which the influence of chosen and rejected must differ from the threshold; paper: 0."""
     max_pairs: Count | None = None
     """Pairs kept, widest difference of influence first; None keeps all."""
     below_noise: Literal["drop", "keep"] = "drop"

@@ -64,6 +64,7 @@ def build_pairs(
     rows: Iterable[Row],
     *,
     rule: Literal["all", "best_worst"],
+    threshold: Literal["baseline", "siblings"] = "baseline",
     margin_se: float,
     max_pairs: int | None,
     noise: float = 0.0,
@@ -74,7 +75,9 @@ def build_pairs(
         rows: scored outputs of any number of prompts.
         rule: `all` pairs every helpful with every harmful output of a prompt (paper), `best_worst` the lowest with the
             highest. Equal texts are never paired.
-        margin_se: standard errors by which an influence must differ from zero to count; 0 is the paper's rule.
+        threshold: what an influence must be below to be helpful, above to be harmful: 0, the baseline's (paper), or the
+            mean over the outputs of its prompt.
+        margin_se: standard errors by which an influence must differ from the threshold to count; 0 is the paper's rule.
         max_pairs: pairs kept, widest difference of influence first, ties by their ids; None keeps all.
         noise: what estimator and precision put into a score; one below it does not count, and stands for a standard
             error that is not known.
@@ -88,12 +91,12 @@ def build_pairs(
     pairs: list[Pair] = []
     unpaired: Counter[Unpaired] = Counter()
     for outputs in by_prompt.values():
-        found = _pairs_of_prompt(outputs, margin_se, noise)
+        found = _pairs_of_prompt(outputs, threshold, margin_se, noise)
         if not found:
-            unpaired[_why_unpaired(outputs)] += 1
+            unpaired[_why_unpaired(outputs, threshold)] += 1
         pairs.extend(_widest(found, 1) if rule == "best_worst" else found)
     if not pairs:
-        raise DataError(_nothing_to_prefer(by_prompt, unpaired, margin_se, noise))
+        raise DataError(_nothing_to_prefer(by_prompt, unpaired, threshold, margin_se, noise))
     if max_pairs is not None:
         pairs = _widest(pairs, max_pairs)
     pairs.sort(key=lambda pair: (pair["prompt_id"], pair["chosen_id"], pair["rejected_id"]))
@@ -172,9 +175,10 @@ def split_by_prompt(pairs: Sequence[Pair], eval_fraction: float, seed: int) -> t
     return training, [pair for pair in pairs if pair["prompt_id"] in held]
 
 
-def _pairs_of_prompt(outputs: Sequence[Row], margin_se: float, noise: float) -> list[Pair]:
-    helpful = [output for output in outputs if output["influence"] < -_margin(output, margin_se, noise)]
-    harmful = [output for output in outputs if output["influence"] > _margin(output, margin_se, noise)]
+def _pairs_of_prompt(outputs: Sequence[Row], threshold: str, margin_se: float, noise: float) -> list[Pair]:
+    middle = 0.0 if threshold == "baseline" else fmean(output["influence"] for output in outputs)
+    helpful = [output for output in outputs if output["influence"] - middle < -_margin(output, margin_se, noise)]
+    harmful = [output for output in outputs if output["influence"] - middle > _margin(output, margin_se, noise)]
     return [
         {
             "prompt_id": chosen["prompt_id"],
@@ -205,17 +209,21 @@ def _widest(pairs: Sequence[Pair], count: int) -> list[Pair]:
     return sorted(pairs, key=narrowness)[:count]
 
 
-def _why_unpaired(outputs: Sequence[Row]) -> Unpaired:
+def _why_unpaired(outputs: Sequence[Row], threshold: str) -> Unpaired:
     if len({output["raw_output"] for output in outputs}) < 2:
         return Unpaired.SINGLE_EXAMPLE
-    sign = one_sign(outputs)
+    sign = one_sign(outputs) if threshold == "baseline" else None
     if sign is None:
         return Unpaired.WITHIN_NOISE
     return Unpaired.ALL_HELPFUL if sign is Sign.HELPFUL else Unpaired.ALL_HARMFUL
 
 
 def _nothing_to_prefer(
-    by_prompt: Mapping[str, Sequence[Row]], unpaired: Mapping[Unpaired, int], margin_se: float, noise: float
+    by_prompt: Mapping[str, Sequence[Row]],
+    unpaired: Mapping[Unpaired, int],
+    threshold: str,
+    margin_se: float,
+    noise: float,
 ) -> str:
     """The sentence for a user whose scores give no pair: what was seen, and the setting that fits it best."""
     outputs = [output for group in by_prompt.values() for output in group]
@@ -223,7 +231,7 @@ def _nothing_to_prefer(
         return "no preference pair: there is no scored example; raise split.probing"
     counts = ", ".join(f"{reason.value} {unpaired[reason]}" for reason in Unpaired if unpaired.get(reason))
     seen = f"no preference pair: {len(outputs)} scores of {len(by_prompt)} few-shot prompts (without a pair: {counts})"
-    sign = one_sign(outputs)
+    sign = one_sign(outputs) if threshold == "baseline" else None
     if unpaired.get(Unpaired.SINGLE_EXAMPLE, 0) * 2 > len(by_prompt):
         return (
             f"{seen}; most prompts have fewer than two different scored outputs: raise synthesize.n or split.probing, "
@@ -232,8 +240,9 @@ def _nothing_to_prefer(
     if sign is not None:
         return (
             f"{seen}; all {len(outputs)} scores are {sign.value}: set score.baseline=null_step, which takes the "
-            "optimizer's own drift out of every score, or, if it is set, raise synthesize.n or split.probing; a "
-            "student that anything helps needs a longer warm-up (split.warmup) or fewer of student.drop_layers"
+            "optimizer's own drift out of every score, or, if it is set, compare siblings with each other "
+            "(pair.threshold=siblings) or raise synthesize.n or split.probing; a student that anything helps needs a "
+            "longer warm-up (split.warmup) or fewer of student.drop_layers"
         )
     if unpaired.get(Unpaired.WITHIN_NOISE) and margin_se:
         return f"{seen}; no prompt has both signs beyond {margin_se:g} standard errors: lower pair.margin_se"

@@ -349,6 +349,7 @@ def test_content_settings_are_dotted_leaves_without_what_only_decides_speed(mini
         "seed": 0,
         "student.drop_layers": [1],
         "pair.signal": "influence",
+        "pair.threshold": "baseline",
         "pair.rule": "all",
         "pair.margin_se": 0.0,
         "pair.max_pairs": None,

@@ -92,6 +92,19 @@ def test_best_worst_steps_over_equal_texts() -> None:
     assert ids(build_pairs(rows, rule="best_worst", margin_se=0, max_pairs=None)) == [("a-1", "a-2")]
 
 
+def test_siblings_are_compared_with_their_mean() -> None:
+    rows = [output("a", number, influence) for number, influence in enumerate((-4.0, -3.0, -2.0, -0.9))]
+    rows += [output("b", 0, -1.0), output("b", 1, -1.1)]
+    with pytest.raises(DataError, match=r"pair\.threshold=siblings"):
+        all_pairs(rows)
+    found = build_pairs(rows, rule="all", threshold="siblings", margin_se=0, max_pairs=None, noise=0.4)
+    assert ids(found) == [("a-0", "a-2"), ("a-0", "a-3"), ("a-1", "a-2"), ("a-1", "a-3")]
+    assert found.pairs[0]["chosen_influence"] == -4.0
+    assert found.prompts_without_pair == {Unpaired.WITHIN_NOISE: 1}
+    with pytest.raises(DataError, match="beyond the noise"):
+        build_pairs(rows, rule="all", threshold="siblings", margin_se=0, max_pairs=None, noise=3.0)
+
+
 def test_margin_leaves_out_what_is_not_settled() -> None:
     result = all_pairs(TABLE, margin_se=1.5)
     assert ids(result) == [("a-0", "a-1"), ("a-0", "a-3")]

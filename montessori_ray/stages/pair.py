@@ -20,8 +20,9 @@ def pair(context: StageContext) -> dict[str, Any]:
     noise = recheck["noise"] if settings.below_noise == "drop" and by_influence else 0.0
     rows = by_signal(_scored_samples(context), settings.signal, seed)
     result = build_pairs(
-        rows, rule=settings.rule, margin_se=settings.margin_se, max_pairs=settings.max_pairs, noise=noise
-    )
+        rows, rule=settings.rule, threshold=settings.threshold, margin_se=settings.margin_se,
+        max_pairs=settings.max_pairs, noise=noise,
+    )  # fmt: skip
     pairs = exchange_labels(result.pairs, seed) if settings.signal == "shuffled_labels" else result.pairs
     context.output.discard_parts()
     context.append(pairs)
