@@ -152,15 +152,16 @@ def stages(
     artifacts = open_run(settings.run)
     if remove is not None:
         with artifacts.lock():
-            for name in loop.made_from(remove, listed):
-                artifacts.artifact(name).remove()
-                typer.echo(f"removed {name}")
+            for artifact in map(artifacts.artifact, loop.made_from(remove, listed)):
+                if artifact.manifest() or artifact.begun():
+                    artifact.remove()
+                    typer.echo(f"removed {artifact.name}")
         return
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("stage", "makes", "from", "state"):
         table.add_column(name, overflow="fold")
     for stage in listed:
-        table.add_row(stage.name, stage.output, ", ".join(stage.inputs), loop.state_of(stage, artifacts))
+        table.add_row(stage.name, stage.output, ", ".join(stage.inputs), loop.state_of(stage, settings, artifacts))
     RichConsole(soft_wrap=True).print(table)
 
 

@@ -313,8 +313,21 @@ def check_run(stages: Sequence[Stage], config: AnySettings, run: Run) -> None:
         RunError: an artifact was made with other settings or inputs.
     """
     for stage in stages:
-        if all(run.artifact(name).manifest() for name in stage.inputs):
-            run.artifact(stage.output).check(identity_of(stage, config, run))
+        _check(stage, config, run)
+
+
+def _check(stage: Stage, config: AnySettings, run: Run) -> None:
+    """As `check_run`, of one stage; nothing where its inputs are still to be made."""
+    if all(run.artifact(name).manifest() for name in stage.inputs):
+        run.artifact(stage.output).check(identity_of(stage, config, run))
+
+
+def _fits(stage: Stage, config: AnySettings, run: Run) -> bool:
+    try:
+        _check(stage, config, run)
+    except RunError:
+        return False
+    return True
 
 
 def require_inputs(stage: Stage, stages: Sequence[Stage], run: Run, coming: Collection[str] = ()) -> None:
@@ -388,9 +401,11 @@ def made_from(name: str, stages: Sequence[Stage]) -> list[str]:
     return made[::-1]
 
 
-def state_of(stage: Stage, run: Run) -> str:
-    """`done`, `begun` or `to do`."""
+def state_of(stage: Stage, config: AnySettings, run: Run) -> str:
+    """`done`, `begun` or `to do`; the first two also `with other settings`, which a run refuses."""
     artifact = run.artifact(stage.output)
-    if artifact.manifest() is not None:
-        return "done"
-    return "begun" if artifact.begun() else "to do"
+    done = artifact.manifest() is not None
+    if not done and not artifact.begun():
+        return "to do"
+    state = "done" if done else "begun"
+    return state if _fits(stage, config, run) else f"{state}, with other settings"

@@ -278,11 +278,12 @@ def test_require_inputs_names_the_stage_that_makes_what_is_missing(run: Run) -> 
 def test_states(run: Run) -> None:
     config = quickstart()
     stage = by_name(config)["inputs/reference"]
-    assert state_of(stage, run) == "to do"
+    assert state_of(stage, config, run) == "to do"
     run.artifact(stage.output).begin(identity_of(stage, config, run))
-    assert state_of(stage, run) == "begun"
+    assert state_of(stage, config, run) == "begun"
     finish(run, stage, config)
-    assert state_of(stage, run) == "done"
+    assert state_of(stage, config, run) == "done"
+    assert state_of(stage, quickstart("data.reference.rows=7"), run) == "done, with other settings"
 
 
 def test_check_run_passes_what_fits_and_names_what_changed(run: Run) -> None:
