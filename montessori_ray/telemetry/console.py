@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from math import floor, log10
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -120,9 +121,9 @@ def _said(manifest: Manifest) -> str:
 def stage_table(manifests: Sequence[tuple[Stage, Manifest]]) -> Table:
     """What each finished stage made, how long it took and the most memory it used."""
     table = Table(title="Stages", box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("stage", no_wrap=True)
+    table.add_column("stage", overflow="fold")
     for name in ("rows", "time", "peak GB"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for stage, manifest in manifests:
         rows = f"{manifest.rows:,}" if manifest.rows is not None else "model"
         memory = f"{manifest.peak_memory_gb:.1f}" if manifest.peak_memory_gb is not None else ""
@@ -171,33 +172,38 @@ def comparison_tables(details: dict[str, Any]) -> list[Table | Text]:
     """Each arm's students and teachers, and how they differ from the arm all are compared with; intervals of 95 %."""
     against = details["against"]
     titles = {
-        "held_out_loss": "Held-out loss of the students (lower is better)",
-        "fresh_influence": "Influence of fresh instructions (negative helps)",
+        "held_out_loss": f"Held-out loss against {against} (lower is better)",
+        "fresh_influence": f"Influence of fresh instructions against {against} (negative helps)",
     }
-    parts: list[Table | Text] = []
+    tables: list[Table | Text] = []
     for measure, title in titles.items():
-        table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-        table.add_column("arm", no_wrap=True)
-        for name in ("models", "mean", f"less {against}", "95 % interval"):
-            table.add_column(name, justify="right", no_wrap=True)
-        digits = ".4f" if measure == "held_out_loss" else ".2e"
-        for row in details["measures"]:
-            if row["measure"] == measure:
-                cells = [row["arm"], str(row["models"]), f"{row['value']:{digits}} ± {row['value_se']:.1e}"]
-                if row["difference"] is not None:
-                    interval = f"{row['low']:+{digits}} to {row['high']:+{digits}}"
-                    cells += [f"{row['difference']:+{digits}}", interval]
-                table.add_row(*cells)
-        parts.append(table)
-    return [*parts, _data_table(details["data"])]
+        rows = [row for row in details["measures"] if row["measure"] == measure and row["category"] is None]
+        exponent = 3 * floor(log10(max((abs(row["value"]) for row in rows), default=0.0) or 1.0) / 3)
+        unit = f", in 1e{exponent:+d}" if exponent else ""
+        tables.append(_arms_table(f"{title}{unit}", rows, 10.0**exponent))
+    return [*tables, _data_table(details["data"])]
+
+
+def _arms_table(title: str, rows: Sequence[dict[str, Any]], unit: float) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("arm", overflow="fold")
+    for name in ("models", "mean", "difference", "95 % interval"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        cells = [row["arm"], str(row["models"]), f"{row['value'] / unit:.3f} ± {row['value_se'] / unit:.3f}"]
+        if row["difference"] is not None:
+            interval = f"{row['low'] / unit:+.3f} to {row['high'] / unit:+.3f}"
+            cells += [f"{row['difference'] / unit:+.3f}", interval]
+        table.add_row(*cells)
+    return table
 
 
 def _data_table(data: dict[str, Any]) -> Table:
     """What the teachers of each arm write, and how much its students saw."""
-    table = Table(title="Data", box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("arm", no_wrap=True)
-    for name in ("parsed", "duplicates", "self-ROUGE-L", "tokens an answer", "training rows", "training tokens"):
-        table.add_column(name, justify="right")
+    table = Table(title="Data, and tokens that students trained on", box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("arm", overflow="fold")
+    for name in ("parsed", "duplicates", "self-ROUGE", "an answer", "trained on"):
+        table.add_column(name, justify="right", no_wrap=True)
     for arm, told in data.items():
         fresh = told["fresh"]
         table.add_row(
@@ -206,7 +212,7 @@ def _data_table(data: dict[str, Any]) -> Table:
             f"{fresh['duplicate_rate']:.1%}",
             f"{fresh['instructions']['self_rouge_l']:.2f}",
             f"{fresh['responses']['tokens']:.0f}",
-            *(say_counts(told[name]) for name in ("training_rows", "training_tokens")),
+            say_counts(told["training_tokens"]),
         )
     return table
 

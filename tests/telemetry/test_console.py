@@ -15,7 +15,14 @@ from montessori_ray.artifacts.manifest import Identity, Manifest
 from montessori_ray.artifacts.run import Run
 from montessori_ray.stages.base import Stage
 from montessori_ray.telemetry import console as console_module
-from montessori_ray.telemetry.console import Console, clock, result_tables, say_progress, stage_table
+from montessori_ray.telemetry.console import (
+    Console,
+    clock,
+    comparison_tables,
+    result_tables,
+    say_progress,
+    stage_table,
+)
 from montessori_ray.telemetry.progress import Progress
 
 
@@ -204,3 +211,32 @@ def test_a_rate_leaves_out_what_was_found_and_the_start_of_the_workers(monkeypat
         progress.reach(done)
         said.append(progress.rate())
     assert said == [None, None, None, 0.5, 0.5]
+
+
+def test_a_comparison_fits_eighty_columns() -> None:
+    def row(arm: str, measure: str, value: float, difference: float | None, category: str | None) -> dict[str, Any]:
+        low, high = (None, None) if difference is None else (difference - abs(value), difference + abs(value))
+        return {
+            "arm": arm, "measure": measure, "category": category, "models": 6, "value": value, "value_se": value / 9,
+            "difference": difference, "low": low, "high": high,
+        }  # fmt: skip
+
+    rows = [
+        row("self_instruct", "held_out_loss", 2.9654, None, None),
+        row("instructions_only", "held_out_loss", 2.8736, -0.0918, None),
+        row("instructions_only", "held_out_loss", 7.7777, -0.0777, "facts"),
+        row("instructions_only", "fresh_influence", -1.29e-2, -2.6e-3, None),
+    ]
+    fresh = {
+        "parse_rate": 0.98, "duplicate_rate": 0.265, "instructions": {"self_rouge_l": 0.45},
+        "responses": {"tokens": 40.2},
+    }  # fmt: skip
+    data = {"instructions_only": {"fresh": fresh, "training_rows": [93, 104], "training_tokens": [3954, 3961]}}
+    console = RichConsole(width=80, record=True, file=io.StringIO())
+    for table in comparison_tables({"against": "self_instruct", "measures": rows, "data": data}):
+        console.print(table)
+    shown = console.export_text()
+    assert "…" not in shown
+    assert "7.777" not in shown
+    for said in ("2.874 ± 0.319", "-0.092", "in 1e-3", "-12.900", "-15.500 to +10.300", "duplicates", "26.5%"):
+        assert said in shown, said
