@@ -214,6 +214,7 @@ def _outputs_of(cell: Cell, lies: dict[str, str]) -> compare.CellOutputs:
     name = "final" if tuned else "iteration_00"
     return compare.CellOutputs(
         arm=cell.arm,
+        tuning_seed=cell.tuning_seed,
         fresh_instructions=lies[f"{name}/fresh_instructions"],
         fresh_responses=lies[f"{name}/fresh_responses"],
         fresh_set=lies[f"{name}/fresh_set"],

@@ -505,7 +505,7 @@ class TuneTeacher(Training):
     losses: Annotated[dict[DpoLoss, Positive], Field(min_length=1)] = {"sigmoid": 1.0}
     """TRL's losses, added up with these weights: `sigmoid` (paper: DPO), `sigmoid_norm` (by log-probability a token, so
     that length earns nothing), `ipo` (pulls the margin to a value instead of ever on), `sft` (likelihood of the chosen
-    ones)."""
+    ones). What is measured on the pairs kept out is DPO's own loss, whatever is trained on."""
     max_length: Count = 1024
     """Tokens of prompt and completion (paper: 1024)."""
     eval_fraction: Fraction = 0.1
@@ -622,6 +622,11 @@ class Config(Section):
             )
         if self.tune_teacher.tunes == "response" and self.responses_by == "original":
             raise ValueError("responses_by=original would never ask the teacher whose responses are tuned")
+        if self.compare and self.evaluate.fresh <= self.synthesize.n:
+            raise ValueError(
+                f"evaluate.fresh is {self.evaluate.fresh}: a comparison needs fresh instructions of at least two "
+                f"few-shot prompts, set it above synthesize.n = {self.synthesize.n}"
+            )
         return self
 
 

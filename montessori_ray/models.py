@@ -18,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils import logging as transformers_logging
 
 from montessori_ray.artifacts.storage import cache_folder
 from montessori_ray.errors import ModelError
@@ -78,6 +79,7 @@ def _unpack_smollm2(cache: Path) -> Path:
     packed = _smollm2_gguf()
     with tempfile.TemporaryDirectory(dir=cache, prefix=".tmp-") as folder:
         ready = Path(folder) / "model"
+        transformers_logging.disable_progress_bar()  # the console has lines of its own
         # Without `dequantize` the weights stay packed and cannot be saved.
         model = AutoModelForCausalLM.from_pretrained(
             packed.parent,

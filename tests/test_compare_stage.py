@@ -20,7 +20,7 @@ from montessori_ray.telemetry.progress import ProgressChannel
 QUICKSTART = Path(__file__).parents[1] / "configs/quickstart.yaml"
 CELLS = [
     CellOutputs(
-        arm=arm, fresh_instructions=f"{arm}/instructions", fresh_responses=f"{arm}/responses",
+        arm=arm, tuning_seed=0, fresh_instructions=f"{arm}/instructions", fresh_responses=f"{arm}/responses",
         fresh_set=f"{arm}/fresh_set", training_set=f"{arm}/training_set", student=f"{arm}/{seed}/student",
     )
     for arm in ("before", "after")

@@ -145,6 +145,13 @@ def test_repeated_seeds_are_refused() -> None:
         comparison(tuning_seeds=(1, 1))
 
 
+@pytest.mark.parametrize("fresh", [0, 4])
+def test_a_comparison_needs_fresh_instructions_of_two_prompts(fresh: int) -> None:
+    tree = comparison().model_dump()
+    with pytest.raises(ValueError, match=rf"evaluate.fresh is {fresh}: .* set it above synthesize.n = 4"):
+        Config.model_validate(tree | {"evaluate": tree["evaluate"] | {"fresh": fresh}})
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

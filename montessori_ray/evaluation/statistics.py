@@ -1,9 +1,9 @@
 """Means, their standard errors, and 95 % intervals of differences: how sure a comparison is.
 
-    change = paired_difference(tuned_SR, original_SR)       # S seeds, R rows, the same ones in both
+    change = paired_difference(tuned_TSR, original_TSR)
     print(verdict(change.mean, change.low, change.high, "nats"))
 
-Arrays carry their shape as a suffix: S seeds, R rows.
+Arrays carry their shape as a suffix: T tuning seeds, S student seeds, R rows, the same ones in both arms.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ class Interval(NamedTuple):
 
 
 def paired_difference(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> Interval:
-    """Mean of `first - second`, both (R,) or (S, R): row r of both is the same row, seed s the same seed.
+    """Mean of `first - second`, both (R,), (S, R) or (T, S, R): row r of both is the same row, and so for the seeds.
 
-    One seed, or (R,): BCa bootstrap over the rows. It says what other rows would give, and nothing about other seeds.
+    Rows alone: BCa bootstrap. It says what other rows would give, and nothing about other seeds.
 
-    Several seeds: seeds and rows are resampled independently of each other, so that the interval holds for other seeds
-    *and* other rows; see `_two_level`.
+    With several seeds of a kind: rows and each kind of seed are resampled independently of each other, so that the
+    interval holds for other seeds *and* other rows; see `_crossed`.
 
     Args:
         first: losses, say, of one arm.
@@ -64,20 +64,20 @@ def paired_difference(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> 
     Raises:
         DataError: shapes differ, there are fewer than two rows, or a number is not finite.
     """
-    differences_SR = _table(first) - _table(second) if np.shape(first) == np.shape(second) else None  # noqa: N806
-    if differences_SR is None:
+    if np.shape(first) != np.shape(second):
         raise DataError(
             f"a paired difference needs the same seeds and rows in both arms, got shapes {np.shape(first)} and "
             f"{np.shape(second)}: keep the seeds and rows that both have, or compare means with welch_difference"
         )
-    if differences_SR.shape[1] < 2 or not np.isfinite(differences_SR).all():
+    differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    num_rows, unusable = differences.shape[-1], int((~np.isfinite(differences)).sum())
+    if num_rows < 2 or unusable:
         raise DataError(
-            f"a difference of {differences_SR.shape[1]} rows, {int((~np.isfinite(differences_SR)).sum())} numbers of "
-            "them not finite, has no interval: give at least two rows, and leave out rows without a number"
+            f"a difference of {num_rows} rows, {unusable} numbers of them not finite, has no interval: give at least "
+            "two rows, and leave out rows without a number"
         )
-    if len(differences_SR) == 1:
-        return _one_level(differences_SR[0], seed)
-    return _two_level(differences_SR, seed)
+    levels = differences.squeeze()
+    return _one_level(levels, seed) if levels.ndim == 1 else _crossed(levels, seed)
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
@@ -135,11 +135,6 @@ def _digits(size: float) -> str:
     return ".4f" if 0.005 <= size < 1000 or not size else ".2e"
 
 
-def _table(values: ArrayLike) -> Array:
-    """Values as (S, R); (R,) is one seed."""
-    return np.atleast_2d(np.asarray(values, dtype=np.float64))
-
-
 def _one_level(differences_R: Array, seed: int) -> Interval:  # noqa: N803
     """BCa bootstrap of the mean over rows (Efron 1987, by SciPy)."""
     from scipy import stats  # late: its import takes seconds, which `montessori plan` need not wait for
@@ -154,33 +149,44 @@ def _one_level(differences_R: Array, seed: int) -> Interval:  # noqa: N803
     return Interval(mean, float(found.confidence_interval.low), float(found.confidence_interval.high), se)
 
 
-def _two_level(differences_SR: Array, seed: int) -> Interval:  # noqa: N803
-    """Seeds and rows drawn independently, each with replacement (the pigeonhole bootstrap, Owen 2007).
+def _crossed(differences: Array, seed: int) -> Interval:
+    """Every axis drawn independently, each with replacement (the pigeonhole bootstrap, Owen 2007).
 
-    S - 1 seeds and R - 1 rows are drawn, which makes the variance right for few of them (Rao and Wu 1988). Percentiles
+    Of n seeds or rows n - 1 are drawn, which makes the variance right for few of them (Rao and Wu 1988). Percentiles
     of a handful of seeds cannot reach beyond the most extreme seed (3 seeds would be covered in 3 of 4 cases instead of
     95 %), so the interval is the bootstrap's standard error times a quantile of Student's t, with degrees of freedom by
-    Satterthwaite's rule. Noise of single (seed, row) cells counts up to three times: it errs on the wide side.
+    Satterthwaite's rule. Noise of single cells counts up to 2^axes - 1 times: it errs on the wide side.
     """
-    num_seeds, num_rows = differences_SR.shape
-    mean = float(differences_SR.mean())
+    *seeds, num_rows = differences.shape
+    mean = float(differences.mean())
     rng = np.random.default_rng(seed)
     means: list[Array] = []
     for size in _batches(num_rows):
-        counts_S = rng.multinomial(num_seeds - 1, np.full(num_seeds, 1 / num_seeds), size)  # noqa: N806
-        counts_R = rng.multinomial(num_rows - 1, np.full(num_rows, 1 / num_rows), size)  # noqa: N806
-        sums = ((counts_S @ differences_SR) * counts_R).sum(axis=1)
-        means.append(sums / ((num_seeds - 1) * (num_rows - 1)))
+        weights = np.ones((size, 1))
+        for count in seeds:
+            weights = np.einsum("bi,bj->bij", weights, _drawn(rng, count, size)).reshape(size, -1)
+        of_rows = weights @ differences.reshape(-1, num_rows)
+        means.append((of_rows * _drawn(rng, num_rows, size)).sum(axis=1))
     se = float(np.sqrt(np.mean((np.concatenate(means) - mean) ** 2)))
-    if not np.ptp(differences_SR):
+    if not np.ptp(differences):
         return Interval(mean, mean, mean, 0.0)
-    of_seeds = float(differences_SR.mean(axis=1).var(ddof=1)) / num_seeds
-    of_rows = float(differences_SR.mean(axis=0).var(ddof=1)) / num_rows
-    total = of_seeds + of_rows
-    if not total:  # every seed and every row has the same mean: the bootstrap sees the cells' noise only
-        return _t_interval(mean, se, min(num_seeds, num_rows) - 1)
-    freedom = total**2 / (of_seeds**2 / (num_seeds - 1) + of_rows**2 / (num_rows - 1))
-    return _t_interval(mean, se, freedom)
+    return _t_interval(mean, se, _freedom(differences))
+
+
+def _drawn(rng: np.random.Generator, count: int, size: int) -> Array:
+    """`size` resamples of count - 1 out of `count`: the weight each has in a resample's mean."""
+    return rng.multinomial(count - 1, np.full(count, 1 / count), size) / (count - 1)
+
+
+def _freedom(differences: Array) -> float:
+    """Degrees of freedom of the mean's variance, which is a sum over the axes, by Satterthwaite's rule."""
+    axes = range(differences.ndim)
+    marginal = [differences.mean(axis=tuple(other for other in axes if other != axis)) for axis in axes]
+    squares = [float(means.var(ddof=1)) / len(means) for means in marginal]
+    if not sum(squares):  # whatever the axis, all means are the same: the bootstrap sees the cells' noise only
+        return min(differences.shape) - 1
+    parts = (square**2 / (len(means) - 1) for square, means in zip(squares, marginal, strict=True))
+    return sum(squares) ** 2 / sum(parts)
 
 
 def _batches(num_rows: int) -> list[int]:

@@ -20,8 +20,8 @@ MEASURES = {
 }
 """Measure of `stages.compare` -> its title, and what a difference is in."""
 
-
-SHOWN = ("arm", "measure", "category", "models", "value", "value_se", "value_by_model", "share_helpful")
+AS_THEY_ARE = ("arm", "measure", "category", "models", "value", "value_se", "value_by_model", "share_helpful")
+"""Columns of a measure's row that `Arm` has as fields."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ def arms(source: Source) -> Arms | None:
     details = manifest.details
     measures = [
         Arm(
-            **{name: row[name] for name in SHOWN},
+            **{name: row[name] for name in AS_THEY_ARE},
             sentence=row["sentence"],
             difference=None if row["difference"] is None else Mean(
                 mean=row["difference"], se=row["difference_se"], low=row["low"], high=row["high"],

@@ -34,6 +34,7 @@ class CellOutputs:
     """Where the artifacts of an arm with one tuning seed and one student seed lie."""
 
     arm: str
+    tuning_seed: int
     fresh_instructions: str
     fresh_responses: str
     fresh_set: str
@@ -114,14 +115,20 @@ def _loss_row(
     chosen: list[int] | None = None,
 ) -> dict[str, Any]:
     """Loss of an arm's students, and the difference paired by seeds and row; `chosen` positions of rows or all."""
-    mine, theirs = (
-        np.array([losses[cell.student] for cell in cells])[:, slice(None) if chosen is None else chosen]
-        for cells in (own, other)
-    )
-    difference = None if own is other else paired_difference(mine, theirs)
+    rows = slice(None) if chosen is None else chosen
+    mine, theirs = ([np.array(losses[cell.student])[rows] for cell in cells] for cells in (own, other))
+    difference = None if own is other else paired_difference(_by_seeds(own, mine), _by_seeds(other, theirs))
     students = {cell.student: values for cell, values in zip(own, mine, strict=True)}
     models = [float(values.mean()) for values in students.values()]
-    return _row(arm, f"{measure}_loss", mean_interval(mine.mean(axis=0).tolist()), difference, models)
+    return _row(arm, f"{measure}_loss", mean_interval(np.mean(mine, axis=0).tolist()), difference, models)
+
+
+def _by_seeds(cells: list[CellOutputs], losses: list[Any]) -> Any:
+    """Losses of the cells' rows as (tuning seeds, student seeds, rows): students of one teacher are not independent."""
+    by_tuning: dict[int, list[Any]] = {}
+    for cell, values in zip(cells, losses, strict=True):
+        by_tuning.setdefault(cell.tuning_seed, []).append(values)
+    return np.array(list(by_tuning.values()))
 
 
 def _fresh_row(arm: str, own: list[CellOutputs], other: list[CellOutputs], found: dict[str, Groups]) -> dict[str, Any]:

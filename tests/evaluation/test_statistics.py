@@ -75,6 +75,33 @@ def test_intervals_of_seeds_and_rows_hold_the_truth(seeds: int, of_seeds: float,
     assert 0.92 <= covered <= 0.995
 
 
+@pytest.mark.parametrize("teachers", [2, 4])
+def test_students_of_one_teacher_are_no_teachers_of_their_own(teachers: int) -> None:
+    """Effects of teachers, of the student seeds that all teachers share, of students and of rows: all never seen."""
+    rng = np.random.default_rng(8)
+
+    def draw() -> np.ndarray:
+        of_teachers = 0.5 * rng.standard_normal((teachers, 1, 1))
+        of_seeds = 0.2 * rng.standard_normal((1, 3, 1))
+        students = 0.2 * rng.standard_normal((teachers, 3, 1))
+        return of_teachers + of_seeds + students + table(rng, 1, 40, of_seeds=0, of_rows=1.0)
+
+    tables = [draw() for _ in range(150)]
+    found = [paired_difference(differences, np.zeros_like(differences)) for differences in tables]
+    as_if = [paired_difference(flat, np.zeros_like(flat)) for flat in (of.reshape(-1, 40) for of in tables)]
+    covered, covered_as_if = (np.mean([of.low <= 0 <= of.high for of in some]) for some in (found, as_if))
+    assert 0.9 <= covered <= 0.995
+    assert covered_as_if < covered - 0.05
+
+
+def test_three_levels_are_two_where_one_has_a_single_seed() -> None:
+    differences = table(np.random.default_rng(9), 3, 30, of_seeds=0.5, of_rows=1.0)
+    zeros = np.zeros_like(differences)
+    of_both = paired_difference(differences, zeros)
+    assert paired_difference(differences[:, None], zeros[:, None]) == of_both
+    assert paired_difference(differences[None], zeros[None]) == of_both
+
+
 def test_seeds_of_one_row_set_alone_are_no_evidence_for_other_seeds() -> None:
     """All rows better in one seed, all worse in the other: certain by row, nothing known about seeds."""
     differences = np.array([[-1.0] * 30, [1.01] * 30]) + 0.1 * np.random.default_rng(5).standard_normal((2, 30))
