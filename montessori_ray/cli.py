@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import sys
 import time
@@ -30,7 +31,14 @@ from montessori_ray.errors import RunError, UserError
 from montessori_ray.scoring import EXAMPLES, INFLUENCE, score_files, stages_of_scoring
 from montessori_ray.session import open_run
 from montessori_ray.stages.base import AnySettings, Stage, bundles_of
-from montessori_ray.telemetry.console import benchmark_table, clock, influence_tables, say_progress, stage_table
+from montessori_ray.telemetry.console import (
+    benchmark_table,
+    clock,
+    influence_tables,
+    say_progress,
+    stage_entry,
+    stage_table,
+)
 from montessori_ray.telemetry.events import read_events
 from montessori_ray.telemetry.progress import Progress
 
@@ -157,12 +165,8 @@ def stages(
                     artifact.remove()
                     typer.echo(f"removed {artifact.name}")
         return
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("stage", "makes", "from", "state"):
-        table.add_column(name, overflow="fold")
     for stage in listed:
-        table.add_row(stage.name, stage.output, ", ".join(stage.inputs), loop.state_of(stage, settings, artifacts))
-    RichConsole(soft_wrap=True).print(table)
+        typer.echo(stage_entry(stage, loop.state_of(stage, settings, artifacts), shutil.get_terminal_size().columns))
 
 
 @app.command()

@@ -5,6 +5,7 @@ Without a terminal (a job's log) the live line becomes a plain one every `LOG_SE
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from math import floor, log10
@@ -116,6 +117,20 @@ def clock(seconds: float) -> str:
 def _said(manifest: Manifest) -> str:
     rows = f"{manifest.rows:,} rows" if manifest.rows is not None else "model"
     return f"{rows:>12} {clock(manifest.seconds):>8}"
+
+
+def stage_entry(stage: Stage, state: str, width: int) -> str:
+    """A stage with its state, what it makes and what from, in lines of `width` that break no name."""
+    word, _, but = state.partition(", ")
+    lines = [f"{word:<5}  {stage.name}" + (f" ({but})" if but else "")]
+    told = {"makes": [stage.output] if stage.output != stage.name else [], "from": list(stage.inputs)}
+    for what, names in told.items():
+        if names:
+            lines += textwrap.wrap(
+                ", ".join(names), max(width, 40), initial_indent=f"         {what:<5} ", subsequent_indent=" " * 15,
+                break_long_words=False, break_on_hyphens=False,
+            )  # fmt: skip
+    return "\n".join(lines)
 
 
 def stage_table(manifests: Sequence[tuple[Stage, Manifest]]) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from montessori_ray.telemetry.console import (
     comparison_tables,
     result_tables,
     say_progress,
+    stage_entry,
     stage_table,
 )
 from montessori_ray.telemetry.progress import Progress
@@ -240,3 +242,14 @@ def test_a_comparison_fits_eighty_columns() -> None:
     assert "7.777" not in shown
     for said in ("2.874 ± 0.319", "-0.092", "in 1e-3", "-12.900", "-15.500 to +10.300", "duplicates", "26.5%"):
         assert said in shown, said
+
+
+def test_a_stage_is_listed_in_lines_that_break_no_name() -> None:
+    inputs = tuple(f"arms/montessori/tuning_{number}/iteration_00/fresh_instructions" for number in range(3))
+    listed = replace(stage("compare/score_fresh"), output="compare/fresh_influence", inputs=inputs)
+    first, *rest = stage_entry(listed, "done, with other settings", 72).splitlines()
+    assert first == "done   compare/score_fresh (with other settings)"
+    assert rest[0].split() == ["makes", "compare/fresh_influence"]
+    assert [line.split()[-1].rstrip(",") for line in rest[1:]] == list(inputs)
+    assert max(map(len, rest)) <= 72
+    assert stage_entry(stage("inputs/seeds"), "to do", 72) == "to do  inputs/seeds"
