@@ -186,7 +186,7 @@ def _freedom(differences: Array) -> float:
     if not sum(squares):  # whatever the axis, all means are the same: the bootstrap sees the cells' noise only
         return min(differences.shape) - 1
     parts = (square**2 / (len(means) - 1) for square, means in zip(squares, marginal, strict=True))
-    return sum(squares) ** 2 / sum(parts)
+    return float(sum(squares) ** 2 / sum(parts))
 
 
 def _batches(num_rows: int) -> list[int]:
