@@ -65,11 +65,11 @@ class Driver:
             start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "2"}, preexec_fn=_listen_to_ctrl_c,
         )  # fmt: skip
 
-    def finish(self, *overrides: str, job: str = "full_loop") -> str:
+    def finish(self, *overrides: str, job: str = "full_loop", timeout: float = 850) -> str:
         """Run the job to its end; returns what it printed."""
         before = self.log.stat().st_size if self.log.exists() else 0
         process = self.start(*overrides, job=job)
-        status = process.wait(timeout=850)
+        status = process.wait(timeout=timeout)
         wait_for_end(process.pid)
         printed = self.log.read_text()[before:]
         assert status == 0, printed[-4000:]
