@@ -23,7 +23,9 @@ SEEDS, REFERENCE, HELD_OUT = "inputs/seeds", "inputs/reference", "inputs/held_ou
 TEACHER, STUDENT = "inputs/teacher", "inputs/student"
 STUDENT_KEYS = ("student.chat_template", "student.max_length")
 TRAINED_KEYS = (*STUDENT_KEYS, "student.lora")
-SPLIT_KEYS = ("split", "synthesize.drop_truncated")
+SET_KEYS = ("synthesize.drop_truncated", "synthesize.duplicate_rouge_l")
+"""What decides which responses may come into a set."""
+
 FIRST_WARMED = "iteration_00/warmed_student"
 """Fresh instructions of all teachers are scored against one student, so that only the teachers differ."""
 
@@ -104,7 +106,7 @@ def _fresh(config: Config, name: str, teachers: Teachers, fresh_sets: list[str])
         *_write(config, name, teachers, config.evaluate.fresh, prefix="fresh_", learn_shots=False),
         Stage(
             name=f"{name}/fresh_set", output=f"{name}/fresh_set", body=split.make_fresh_set, schema=columns.EXAMPLES,
-            inputs=(f"{name}/fresh_responses",), settings=("evaluate.fresh", "synthesize.drop_truncated"),
+            inputs=(f"{name}/fresh_responses", REFERENCE), settings=("evaluate.fresh", *SET_KEYS),
             rows=config.evaluate.fresh,
         ),
     ]  # fmt: skip
@@ -142,7 +144,7 @@ def _warm_up(config: Config, name: str) -> list[Stage]:
     return [
         Stage(
             name=warmup_set, output=warmup_set, body=split.make_warmup_set, schema=columns.EXAMPLES,
-            inputs=(f"{name}/responses",), settings=SPLIT_KEYS, rows=config.split.warmup,
+            inputs=(f"{name}/responses", REFERENCE), settings=("split", *SET_KEYS), rows=config.split.warmup,
         ),
         Stage(
             name=f"{name}/warm_up", output=warmed, body=train.warm_up, inputs=(STUDENT, warmup_set),
@@ -158,7 +160,7 @@ def _tune(config: Config, name: str, teacher: str) -> list[Stage]:
     stages = [
         Stage(
             name=probing_set, output=probing_set, body=split.make_probing_set, schema=columns.EXAMPLES,
-            inputs=(f"{name}/responses",), settings=SPLIT_KEYS, rows=config.split.probing,
+            inputs=(f"{name}/responses", REFERENCE), settings=("split", *SET_KEYS), rows=config.split.probing,
         ),
     ]  # fmt: skip
     probed, samples = probing_set, instructions
@@ -223,8 +225,8 @@ def _train(config: Config) -> list[Stage]:
         *stages,
         Stage(
             name="final/training_set", output="final/training_set", body=split.make_training_set,
-            schema=columns.EXAMPLES, inputs=("final/responses", *selection),
-            settings=("training_set", "training_tokens", "synthesize.drop_truncated"), rows=config.training_set,
+            schema=columns.EXAMPLES, inputs=("final/responses", REFERENCE, *selection),
+            settings=("training_set", "training_tokens", *SET_KEYS), rows=config.training_set,
         ),
         Stage(
             name="final/train_student", output="final/student", body=train.train_student,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from montessori_ray.stages.split import most_helpful, split_examples, usable, within_tokens
+from montessori_ray.stages.split import apart, most_helpful, split_examples, usable, within_tokens
 
 Row = dict[str, Any]
 
@@ -115,3 +115,10 @@ def test_best_of_n_takes_the_best_of_each_prompt_before_the_second_best() -> Non
 def test_a_token_budget_ends_the_training_set(budget: int | None, kept: int) -> None:
     rows = [{"num_tokens": count} for count in (10, 20, 30, 40)]
     assert list(within_tokens(rows, budget)) == rows[:kept]
+
+
+def test_rows_near_a_reference_row_are_left_out() -> None:
+    rows = [{"instruction": text} for text in ("What is the capital of Peru?", "Name a river.", "NAME a  lake!", "?!")]
+    others = ["What is the capital of France?", "name a lake"]
+    assert [row["instruction"] for row in apart(rows, others, rouge_l=0.7)] == ["Name a river.", "?!"]
+    assert list(apart(rows, [], rouge_l=0.7)) == rows

@@ -9,6 +9,7 @@ from typing import Any
 
 from montessori_ray.errors import DataError
 from montessori_ray.stages.base import StageContext
+from montessori_ray.synthesis.deduplication import NearDuplicates
 
 Row = dict[str, Any]
 ROWS_A_PART = 10_000
@@ -40,6 +41,25 @@ def usable(rows: Iterable[Row], *, drop_truncated: bool) -> Iterator[Row]:
     return (row for row in rows if row["response"] and not (drop_truncated and row["finish_reason"] == "length"))
 
 
+def apart(rows: Iterable[Row], others: Iterable[str], *, rouge_l: float) -> Iterator[Row]:
+    """Rows whose instruction nearly repeats none of the others."""
+    near = NearDuplicates(rouge_l)
+    for instruction in others:
+        near.add(instruction)
+    return (row for row in rows if not near.is_duplicate(row["instruction"]))
+
+
+def _candidates(context: StageContext) -> Iterator[Row]:
+    """Rows that may come into a set; the stage's first inputs are the responses and the reference rows.
+
+    A copy of a reference row would help the student with that row and teach the teacher to copy. Held-out rows are not
+    looked at, here or in any stage before they are measured on.
+    """
+    settings = context.config.synthesize
+    rows = usable(context.input(0).rows(), drop_truncated=settings.drop_truncated)
+    return apart(rows, context.input(1).column("instruction"), rouge_l=settings.duplicate_rouge_l)
+
+
 def make_warmup_set(context: StageContext) -> dict[str, Any]:
     """The examples the student is warmed up on."""
     return _store(context, 0)
@@ -51,11 +71,11 @@ def make_probing_set(context: StageContext) -> dict[str, Any]:
 
 
 def make_training_set(context: StageContext) -> dict[str, Any]:
-    """The examples the student is trained on at the end; inputs are the responses and, to select by it, influence."""
+    """The examples the student is trained on at the end; to select by it, the last input is influence."""
     config = context.config
-    rows: Iterable[Row] = usable(context.input(0).rows(), drop_truncated=config.synthesize.drop_truncated)
-    if len(context.stage.inputs) > 1:
-        scores = context.input(1).rows(["example_id", "influence"])
+    rows: Iterable[Row] = _candidates(context)
+    if len(context.stage.inputs) > 2:
+        scores = context.input(2).rows(["example_id", "influence"])
         influence = {row["example_id"]: row["influence"] for row in scores if row["influence"] is not None}
         rows = most_helpful(rows, influence, config.training_set)
     chosen = list(within_tokens(islice(rows, config.training_set), config.training_tokens))
@@ -94,19 +114,16 @@ def within_tokens(rows: Iterable[Row], budget: int | None) -> Iterator[Row]:
 
 def make_fresh_set(context: StageContext) -> dict[str, Any]:
     """Examples from prompts no stage before has seen, by which a teacher is judged."""
-    rows = usable(context.input(0).rows(), drop_truncated=context.config.synthesize.drop_truncated)
-    return _append(context, islice(rows, context.config.evaluate.fresh), context.config.evaluate.fresh)
+    return _append(context, islice(_candidates(context), context.config.evaluate.fresh), context.config.evaluate.fresh)
 
 
 def _store(context: StageContext, which: int) -> dict[str, Any]:
-    split, drop_truncated = context.config.split, context.config.synthesize.drop_truncated
-    responses = context.input(0)
+    split = context.config.split
     sets = split_examples(
-        usable(responses.rows(), drop_truncated=drop_truncated),
-        first=split.warmup, second=split.probing, by_prompt=split.by == "prompt",
-    )  # fmt: skip
+        _candidates(context), first=split.warmup, second=split.probing, by_prompt=split.by == "prompt"
+    )
     wanted = set(sets[which])
-    rows = (row for row in responses.rows() if row["example_id"] in wanted)
+    rows = (row for row in context.input(0).rows() if row["example_id"] in wanted)
     return _append(context, rows, (split.warmup, split.probing)[which])
 
 
