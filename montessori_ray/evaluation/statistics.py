@@ -184,7 +184,7 @@ def _freedom(differences: Array) -> float:
     marginal = [differences.mean(axis=tuple(other for other in axes if other != axis)) for axis in axes]
     squares = [float(means.var(ddof=1)) / len(means) for means in marginal]
     if not sum(squares):  # whatever the axis, all means are the same: the bootstrap sees the cells' noise only
-        return min(differences.shape) - 1
+        return float(min(differences.shape) - 1)
     parts = (square**2 / (len(means) - 1) for square, means in zip(squares, marginal, strict=True))
     return float(sum(squares) ** 2 / sum(parts))
 
