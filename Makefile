@@ -21,7 +21,7 @@ test-slow: setup ## kill and resume, several nodes, in half an hour on 2 cores
 test-groups: setup ## scoring groups that share, join, fail and come back; 24 disturbances on several raylets: 15 minutes
 	.venv/bin/python -m pytest -m slow tests/cluster/test_scoring.py tests/cluster/test_disturbances.py
 
-test-engines: setup ## the other slow tests: training, tuning and the teacher pool on their real engines
+test-engines: setup ## the other slow tests: training, tuning, the teacher pool and arms of a comparison on their real engines
 	.venv/bin/python -m pytest -m "slow and not loop" --ignore tests/cluster
 
 lint: setup ## ruff, formatting included

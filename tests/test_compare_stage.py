@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -14,7 +16,7 @@ from montessori_ray.artifacts.run import Run
 from montessori_ray.config import load_config
 from montessori_ray.stages import schemas as columns
 from montessori_ray.stages.base import Stage, StageContext
-from montessori_ray.stages.compare import CellOutputs, collect_fresh, compare
+from montessori_ray.stages.compare import CellOutputs, _by_seeds, collect_fresh, compare
 from montessori_ray.telemetry.progress import ProgressChannel
 
 QUICKSTART = Path(__file__).parents[1] / "configs/quickstart.yaml"
@@ -97,6 +99,13 @@ def test_differences_are_paired_by_seed_and_row(run: Run) -> None:
     assert (fresh["share_helpful"], fresh["models"]) == (0.75, 1)
     assert "0" in fresh["sentence"]
     assert next(iter(run.artifact("result").rows()))["arm"] == "before"
+
+
+def test_students_of_one_teacher_stand_together() -> None:
+    """An interval must see which students share a teacher; see `paired_difference`."""
+    cells = [replace(CELLS[0], tuning_seed=seed) for seed in (3, 5, 3, 5)]
+    losses = [np.array(values) for values in ([1.0, 2.0], [5.0, 6.0], [3.0, 4.0], [7.0, 8.0])]
+    assert _by_seeds(cells, losses).tolist() == [[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [7.0, 8.0]]]
 
 
 def test_data_of_each_arm(run: Run) -> None:
