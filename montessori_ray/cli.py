@@ -17,7 +17,6 @@ import typer
 import yaml
 from pydantic import ValidationError
 from rich import box
-from rich.console import Console as RichConsole
 from rich.table import Table
 from rich.text import Text
 
@@ -38,6 +37,7 @@ from montessori_ray.telemetry.console import (
     say_progress,
     stage_entry,
     stage_table,
+    terminal,
 )
 from montessori_ray.telemetry.events import read_events
 from montessori_ray.telemetry.progress import Progress
@@ -68,9 +68,7 @@ def said_plainly(command: Callable[Arguments, None]) -> Callable[Arguments, None
         try:
             command(*args, **kwargs)
         except UserError as error:
-            RichConsole(stderr=True, soft_wrap=True, highlight=False).print(
-                Text.assemble(("error: ", "red"), str(error))
-            )
+            terminal(stderr=True).print(Text.assemble(("error: ", "red"), str(error)))
             sys.exit(2)
         except KeyboardInterrupt:
             typer.echo("\nstopped; what is committed is kept, give the same command again to continue", err=True)
@@ -116,7 +114,7 @@ def plan(config: ConfigOption, overrides: Overrides = None) -> None:
         rows = f"{stage.rows:,}" if stage.rows is not None else ""
         time_it = [say_scoring(calibration, stage, settings)] if calibration else []
         table.add_row(stage.name, rows, say_bundles(bundles_of(stage, settings)), *time_it)
-    RichConsole().print(table)
+    terminal().print(table)
     typer.echo(f"cluster: {say_bundles(nodes)}")
     if calibration is None:
         typer.echo("how long scoring will take with these settings: `montessori calibrate` measures it")
@@ -175,7 +173,7 @@ def status(directory: Annotated[str, typer.Argument(metavar="RUN", help="the run
     """Where a run stands, read from its directory: works from any shell, while it runs and after."""
     artifacts, _, its_stages = _read_run(directory)
     listed = [(stage, artifacts.artifact(stage.output).manifest()) for stage in its_stages]
-    RichConsole(soft_wrap=True).print(stage_table([(stage, manifest) for stage, manifest in listed if manifest]))
+    terminal().print(stage_table([(stage, manifest) for stage, manifest in listed if manifest]))
     todo = [stage.name for stage, manifest in listed if manifest is None]
     typer.echo(f"{len(listed) - len(todo)} of {len(listed)} stages done" + (f", next {todo[0]}" if todo else ""))
     latest = None
@@ -270,7 +268,7 @@ def score(
     influence = run.artifact(INFLUENCE)
     texts = {row["example_id"]: row["instruction"] for row in run.artifact(EXAMPLES).rows()}
     for table in influence_tables(influence.require().details, list(influence.rows()), texts):
-        RichConsole(soft_wrap=True, highlight=False).print(table)
+        terminal().print(table)
 
 
 @app.command()
@@ -289,7 +287,7 @@ def benchmark(
     results = run_benchmarks(
         resolve_model(model), settings, output, on_task=lambda task, _: typer.echo(f"done: {task}")
     )
-    RichConsole(soft_wrap=True, highlight=False).print(benchmark_table(results), f"results: {output}", sep="")
+    terminal().print(benchmark_table(results), f"results: {output}", sep="")
 
 
 @app.command("mt-bench")

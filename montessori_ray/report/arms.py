@@ -52,6 +52,11 @@ class Data:
     duplicate_rate: float
     self_rouge_l: float | None
     answer_tokens: float
+    kept: int
+    """Fresh instructions that passed the filters."""
+    near_reference: int
+    """Those of them that nearly repeat a reference row, which no set takes in."""
+    near_held_out: int
     training_rows: list[int]
     training_tokens: list[int]
 
@@ -94,8 +99,10 @@ def arms(source: Source) -> Arms | None:
         Data(
             arm=arm, parse_rate=told["fresh"]["parse_rate"], duplicate_rate=told["fresh"]["duplicate_rate"],
             self_rouge_l=told["fresh"]["instructions"]["self_rouge_l"],
-            answer_tokens=told["fresh"]["responses"]["tokens"], training_rows=told["training_rows"],
-            training_tokens=told["training_tokens"],
+            answer_tokens=told["fresh"]["responses"]["tokens"],
+            kept=told["fresh"]["kept"], near_reference=told["fresh"]["overlap"]["reference"]["near"],
+            near_held_out=told["fresh"]["overlap"]["held_out"]["near"],
+            training_rows=told["training_rows"], training_tokens=told["training_tokens"],
         )
         for arm, told in details["data"].items()
     ]  # fmt: skip
@@ -204,9 +211,17 @@ def _data(data: Sequence[Data]) -> Markup:
         (
             named(arm.arm), f"{arm.parse_rate:.1%}", f"{arm.duplicate_rate:.1%}",
             NONE if arm.self_rouge_l is None else f"{arm.self_rouge_l:.2f}", f"{arm.answer_tokens:.0f}",
+            f"{arm.near_reference:,} of {arm.kept:,}", f"{arm.near_held_out:,} of {arm.kept:,}",
             say_counts(arm.training_rows), say_counts(arm.training_tokens),
         )
         for arm in data
     ]  # fmt: skip
-    heads = ("arm", "parsed", "duplicates", "self-ROUGE-L", "tokens an answer", "training rows", "training tokens")
-    return table(heads, rows, numbers=(1, 2, 3, 4, 5, 6))
+    heads = (
+        "arm", "parsed", "duplicates", "self-ROUGE-L", "tokens an answer", "near a reference row",
+        "near a held-out row", "training rows", "training tokens",
+    )  # fmt: skip
+    note = (
+        "What the teachers write afresh, and how much the students trained on. No set takes in an example near a "
+        "reference row; held-out rows are read by no stage before the students are measured on them."
+    )
+    return join([paragraph(note, kind="note"), table(heads, rows, numbers=range(1, len(heads)))])

@@ -137,8 +137,9 @@ def _append(context: StageContext, rows: Iterable[Row], wanted: int) -> dict[str
         count += len(part)
     if count == 0:
         raise DataError(
-            f"{context.stage.output} would be empty: no response of {context.stage.inputs[0]} is usable; raise "
-            "synthesize.responses.max_tokens or set synthesize.drop_truncated=false"
+            f"{context.stage.output} would be empty: every row of {context.stage.inputs[0]} has an empty or cut "
+            "response, or asks what a reference row asks; raise synthesize.responses.max_tokens, set "
+            "synthesize.drop_truncated=false, or give other reference rows"
         )
     if count < wanted:
         context.note(f"{context.stage.output} has {count} of the {wanted} examples asked for", wanted=wanted, got=count)

@@ -26,13 +26,22 @@ if TYPE_CHECKING:
 
 LOG_SECONDS = 15.0
 NAME_WIDTH = 32
+PIPE_WIDTH = 200
+
+
+def terminal(*, stderr: bool = False) -> RichConsole:
+    """Where sentences and tables are printed; a pipe or a job's log is so wide that no name in a table is folded."""
+    console = RichConsole(stderr=stderr, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH
+    return console
 
 
 class Console:
     """Prints for one session."""
 
     def __init__(self) -> None:
-        self.rich = RichConsole(highlight=False, soft_wrap=True)
+        self.rich = terminal()
         self._live: Live | None = None
         self._last_log = 0.0
         self._began = 0.0

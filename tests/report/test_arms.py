@@ -20,7 +20,8 @@ ARMS = {"self_instruct": {"tune_teacher.tunes": "nothing"}, "montessori": {}, "s
 DATA = {
     "fresh": {
         "parse_rate": 0.99, "duplicate_rate": 0.02, "instructions": {"self_rouge_l": 0.41},
-        "responses": {"tokens": 40.2},
+        "responses": {"tokens": 40.2}, "kept": 256,
+        "overlap": {"reference": {"exact": 1, "near": 3}, "held_out": {"exact": 0, "near": 0}},
     },
     "training_rows": [96, 94], "training_tokens": [4000, 4000],
 }  # fmt: skip
@@ -73,6 +74,8 @@ def test_every_difference_is_drawn_and_told(tmp_path: Path) -> None:
         "99.0%",
         "2.0%",
         "94 to 96",
+        "3 of 256",
+        "0 of 256",
         "4,000",
         "2.40 to 3.15",
         "facts",
