@@ -1,5 +1,7 @@
 # Two commands: `make quickstart` runs the whole loop on this machine, `make test` runs the tests. Both set up first.
 .DEFAULT_GOAL := help
+LOCK ?= $(if $(wildcard /proc/driver/nvidia/version),cuda,cpu)
+export LOCK
 .PHONY: help setup quickstart test test-slow test-groups test-engines lint types lock clean
 
 help: ## list the targets
@@ -9,7 +11,7 @@ setup: ## make .venv from the lock; nothing to do in under a second when it is t
 	@requirements/setup.sh
 
 quickstart: setup ## one whole Montessori-Instruct iteration on a real model; the same command continues it
-	@.venv/bin/python jobs/full_loop.py --config configs/quickstart.yaml
+	@.venv/bin/python jobs/full_loop.py --config configs/quickstart$(if $(filter cuda,$(LOCK)),_gpu).yaml
 
 test: setup ## tests in under 15 minutes on 2 cores, one small loop on the real model among them
 	.venv/bin/python -m pytest -m "not slow"
@@ -35,4 +37,4 @@ lock: setup ## resolve requirements/*.in into the locks again
 	@requirements/lock.sh
 
 clean: ## remove the environment and the quickstart's run
-	rm -rf .venv runs/quickstart
+	rm -rf .venv runs/quickstart runs/quickstart_gpu

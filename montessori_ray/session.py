@@ -37,7 +37,7 @@ def open_run(root: str) -> Run:
     if "_ray_pkg_" in os.getcwd():
         raise RunError(
             f"run={root} is a relative path inside the job's own copy of the working directory, which is deleted with "
-            "the job: give an absolute path (or bucket URL) that all nodes see"
+            "the job: give an absolute path that all nodes see"
         )
     return Run(os.path.abspath(os.path.expanduser(root)))
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Make .venv from a complete lock and install the project into it, editable. Does nothing if that was done already.
-#   LOCK=cpu|cuda      which lock; by default cuda where an NVIDIA driver is, else cpu
+#   LOCK=cpu|cuda      which lock; the Makefile takes cuda where an NVIDIA driver is, else cpu
 #   PYTHON=python3.12  which Python (3.11 or 3.12)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 fail() { echo "setup: $*" >&2; exit 1; }
 
-lock=${LOCK:-$([ -e /proc/driver/nvidia/version ] && echo cuda || echo cpu)}
+lock=${LOCK:-cpu}
 file=requirements/$lock.lock
 [ -f "$file" ] || fail "LOCK=$lock is neither cpu nor cuda"
 

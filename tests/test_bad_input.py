@@ -95,6 +95,19 @@ def test_overlap_and_too_few_seeds(tmp_path: Path) -> None:
     said = refused(tmp_path / "a", *both)
     assert "of the 4 held-out rows are also in the reference set" in said
     assert "a few-shot prompt shows 8" in refused(tmp_path / "b", f"data.seeds.path={path}")
+    seeds = [f"data.seeds.path={path}", "synthesize.shots=4"]
+    said = refused(tmp_path / "c", *seeds, f"data.held_out.path={path}")
+    assert "of the 4 held-out rows are also in the seed set" in said
+
+
+def test_a_row_without_room_for_its_response_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    rows = [{"instruction": "Say yes.", "response": "Yes."}, {"instruction": "word " * 300, "response": "Yes."}]
+    path = jsonl(tmp_path / "rows.jsonl", rows)
+    settings = [f"data.held_out.path={path}", "data.held_out.category=null"]
+    said = refused(tmp_path / "run", *settings)
+    assert "of inputs/held_out ('word word" in said
+    assert "fills student.max_length 256 with its instruction alone" in said
+    assert not (tmp_path / "run/iteration_00").exists()
 
 
 def test_model_without_weights_tokenizer_template_or_context(tmp_path: Path, tiny_model: Path) -> None:

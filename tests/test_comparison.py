@@ -24,7 +24,7 @@ ARMS: dict[str, Any] = {
 
 
 def comparison(arms: dict[str, Any] | None = None, **settings: Any) -> Config:
-    section = {"against": "self_instruct", "arms": ARMS if arms is None else arms, **settings}
+    section = {"against": "self_instruct", "arms": ARMS if arms is None else arms} | settings
     return Config.model_validate(load_config(QUICKSTART).model_dump() | {"compare": section})
 
 
@@ -71,6 +71,19 @@ def test_another_seed_changes_no_name() -> None:
     after = {stage.output for stage in stages_of_comparison(comparison(student_seeds=(0, 1)))}
     assert before < after
     assert kinds(stages_of_comparison(comparison(student_seeds=(0, 1))))["tune_teacher"] == 2
+
+
+def test_what_is_compared_with_what_and_arms_added_at_the_end_move_nothing() -> None:
+    arms = ARMS | {"answers": {"responses_by": "original"}}
+    before = {stage.output: stage for stage in stages_of_comparison(comparison(arms))}
+    for more in ({"against": "answers"}, {"arms": arms | {"soft": {"tune_teacher.beta": 0.5}}}):
+        settings = {"arms": arms, "against": "self_instruct"} | more
+        after = {stage.output: stage for stage in stages_of_comparison(comparison(**settings))}
+        assert before.keys() <= after.keys()
+        for output, stage in before.items():
+            if not output.startswith("compare/"):
+                assert (after[output].inputs, after[output].config) == (stage.inputs, stage.config)
+    assert after["compare/result"].body.keywords["cells"][0].arm == "self_instruct"
 
 
 def test_an_iteration_more_begins_with_the_teacher_of_the_one_before() -> None:

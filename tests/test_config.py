@@ -13,10 +13,20 @@ import yaml
 from pydantic import ValidationError
 
 from montessori_ray import config as config_module
-from montessori_ray.config import Config, Section, WorkerResources, content_settings, load_config
+from montessori_ray.config import (
+    Config,
+    DataFile,
+    Score,
+    Section,
+    Student,
+    WorkerResources,
+    content_settings,
+    load_config,
+)
 from montessori_ray.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+README = CONFIGS.parent / "README.md"
 SHIPPED = sorted(set(CONFIGS.glob("*.yaml")) - set(CONFIGS.glob("benchmarks_*.yaml")))
 MINIMAL: dict[str, Any] = {
     "run": "runs/test",
@@ -162,6 +172,56 @@ def test_extends_over_two_levels_and_folders_resolves_data_beside_the_file_that_
     assert data.reference.path == "reference", "a name that is no file beside the config stays: it may be on the Hub"
 
 
+def test_another_file_or_model_takes_nothing_over_from_the_first(tmp_path: Path) -> None:
+    rows = {"path": "theirs", "input": "input", "start": 7, "rows": 9}
+    base = MINIMAL | {
+        "data": MINIMAL["data"] | {"seeds": rows, "held_out": rows},
+        "student": {"model": "x", "drop_layers": [1], "chat_template": "{{ messages }}", "max_length": 64},
+    }
+    write(tmp_path, base, "base.yaml")
+    mine = {"seeds": {"path": "mine"}, "held_out": {"path": "theirs", "rows": 3}}
+    config = load_config(write(tmp_path, {"extends": "base.yaml", "data": mine, "student": {"model": "y"}}))
+    assert config.data.seeds == DataFile(path="mine")
+    assert config.data.held_out == DataFile(path="theirs", input="input", start=7, rows=3)
+    assert config.student == Student(model="y")
+
+
+def test_the_readmes_example_uses_its_own_rows_and_models_as_they_are(tmp_path: Path) -> None:
+    (example,) = [part for part in README.read_text().split("```yaml\n")[1:] if part.startswith("extends")]
+    tree = yaml.safe_load(example.split("```")[0])
+    tree["extends"] = str(README.parent / tree["extends"])
+    config = load_config(write(tmp_path, tree))
+    for rows in (config.data.seeds, config.data.reference, config.data.held_out):
+        assert (rows.input, rows.start, rows.rows, rows.category) == (None, 0, None, None)
+    assert config.student == Student(model=tree["student"]["model"])
+    assert config.split.warmup == 10_000, "the paper's settings otherwise"
+
+
+def test_a_chat_template_is_kept_as_text_and_found_beside_its_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "{{ messages }}"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/chat.jinja").write_text(text, encoding="utf-8")
+    config = load_config(write(tmp_path / "mine", MINIMAL | {"student": {"model": "x", "chat_template": "chat.jinja"}}))
+    assert config.student.chat_template == text
+    monkeypatch.chdir(tmp_path / "mine")
+    override = ["student.chat_template=chat.jinja"]
+    assert load_config(write(tmp_path, MINIMAL), override).student.chat_template == text
+    with pytest.raises(ConfigError, match=r"chat_template: 'absent' is neither a Jinja template nor a readable"):
+        load_config(write(tmp_path, MINIMAL), ["student.chat_template=absent"])
+
+
+def test_gpu_configs_keep_nothing_of_the_quickstarts_cpu(tmp_path: Path) -> None:
+    for name in ("quickstart_gpu", "evidence_gpu"):
+        config = load_config(CONFIGS / f"{name}.yaml")
+        assert config.pool.engine["enforce_eager"] is False, "or there is no CUDA graph"
+        assert config.score.reference_tokens == Score().reference_tokens
+        assert config.student.max_length >= 2 * config.synthesize.responses.max_tokens
+        workers = (config.warm_up.worker, config.score.worker, config.tune_teacher.worker, config.train_student.worker)
+        assert {worker.gpus for worker in (config.pool.worker, *workers)} == {1}
+
+
 def test_extends_cycle_is_refused(tmp_path: Path) -> None:
     write(tmp_path, {"extends": "b.yaml"}, "a.yaml")
     write(tmp_path, {"extends": "a.yaml"}, "b.yaml")
@@ -241,6 +301,13 @@ def test_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
         ("iterations=0", "iterations is 0: .*greater than or equal to 1"),
         ("score.baseline=median", "score.baseline is 'median': .*'null_step' or 'warmed'"),
         ("pool=3", "pool is 3"),
+        ("pool.engine={dtype: float16}", r"pool\.engine: dtype is a setting of its own: set pool\.dtype instead"),
+        ("synthesize.instructions.temperature=0", r"synthesize\.instructions\.temperature is 0: .*greater than 0"),
+        ("score.optimizer_state=none", "score: optimizer_state none says nothing of the rate .* set learning_rate"),
+        (
+            "compare={against: a, arms: {a: {tune_teacher.seed: 3}}}",
+            r"compare: arm a sets tune_teacher\.seed: seeds are compare\.tuning_seeds",
+        ),
         ("pool.worker.gpus=-1", r"pool\.worker\.gpus is -1"),
         ("synthesize.duplicate_rouge_l=1.5", r"synthesize\.duplicate_rouge_l is 1\.5"),
         ("student.drop_layers=[a]", r"student\.drop_layers\.0 is 'a'"),
@@ -264,6 +331,21 @@ def test_wrong_settings_are_refused_by_name(tmp_path: Path, override: str, said:
     path = write(tmp_path, MINIMAL | {"seed": 0})
     with pytest.raises(ConfigError, match=said):
         load_config(path, [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["tune_teacher.tunes=response", "synthesize.responses.temperature=0"],
+            "the 4 candidates .* would be one",
+        ),
+        (["student.lora={}", "evaluate.judge={model: pool}"], r"is not given its adapter \(student\.lora\)"),
+    ],
+)
+def test_sections_that_contradict_each_other_are_refused(minimal: Path, overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config(minimal, overrides)
 
 
 def test_message_begins_with_the_file_and_lists_every_finding(tmp_path: Path) -> None:

@@ -12,7 +12,17 @@ import yaml
 from montessori_ray.artifacts.run import Artifact, Run
 from montessori_ray.config import Config, content_settings, load_config
 from montessori_ray.errors import ConfigError, RunError
-from montessori_ray.loop import bundles_of, check_run, made_from, require_inputs, run_loop, select, stages_of, state_of
+from montessori_ray.loop import (
+    bundles_of,
+    check_run,
+    made_from,
+    require_inputs,
+    require_shared,
+    run_loop,
+    select,
+    stages_of,
+    state_of,
+)
 from montessori_ray.session import Session
 from montessori_ray.stages.base import Stage, identity_of
 
@@ -271,7 +281,8 @@ def test_require_inputs_names_the_stage_that_makes_what_is_missing(run: Run) -> 
         "iteration_00/warm_up first (or the whole loop with `montessori run`)"
     )
     require_inputs(stages["inputs/seeds"], list(stages.values()), run)
-    finish(run, stages["inputs/reference"], config)
+    for name in ("inputs/reference", "inputs/seeds"):
+        finish(run, stages[name], config)
     require_inputs(stages["inputs/held_out"], list(stages.values()), run)
 
 
@@ -299,6 +310,39 @@ def test_check_run_passes_what_fits_and_names_what_changed(run: Run) -> None:
     other = quickstart("score.baseline=warmed", "score.groups=7")
     with pytest.raises(RunError, match=r"iteration_00/influence .*\(score\.baseline: null_step -> warmed\)"):
         check_run(stages_of(other), other, run)
+
+
+def test_an_input_that_is_new_is_refused_before_it_is_made(run: Run) -> None:
+    """Else a judge would grade for hours, and pairs made without grades be refused after that."""
+    config = quickstart()
+    for stage in stages_of(config):
+        if stage.name.startswith("inputs/") or stage.name.startswith("iteration_00/"):
+            finish(run, stage, config)
+    judged = quickstart("pair.signal=llm_judge", "pair.judge={model: pool}")
+    with pytest.raises(RunError, match=r"iteration_00/pairs was .*input iteration_00/grades is new"):
+        check_run(stages_of(judged), judged, run)
+
+
+def test_what_does_not_decide_the_instructions_leaves_them(run: Run) -> None:
+    config = quickstart()
+    stages = by_name(config)
+    for name in (*INPUTS, "iteration_00/instructions"):
+        finish(run, stages[name], config)
+    other = quickstart(
+        "synthesize.max_rejected=1", "synthesize.drop_truncated=true", "synthesize.responses.max_tokens=99"
+    )
+    check_run(stages_of(other), other, run)
+    other = quickstart("synthesize.min_characters=7")
+    with pytest.raises(RunError, match=r"iteration_00/instructions .*synthesize\.min_characters: 6 -> 7"):
+        check_run(stages_of(other), other, run)
+
+
+def test_a_bucket_is_for_a_single_node(run: Run) -> None:
+    bucket, node = Run("memory://bucket/run"), {"CPU": 2.0}
+    require_shared(bucket, [node])
+    require_shared(run, [node, node])
+    with pytest.raises(RunError, match=r"run=memory://.*/run is a bucket, the cluster has 2 nodes"):
+        require_shared(bucket, [node, node])
 
 
 def test_a_finished_stage_is_refused_when_its_input_was_made_again(run: Run) -> None:

@@ -1,1 +1,1 @@
-"""The run directory: Parquet datasets, model directories, manifests, atomic commits, resume (DESIGN section 5)."""
+"""The run directory: Parquet datasets, model directories, manifests, atomic commits, resume (docs/architecture.md)."""

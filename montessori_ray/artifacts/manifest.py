@@ -48,10 +48,12 @@ class Identity(BaseModel):
             for key in sorted(self.settings.keys() | now.settings.keys())
             if self.settings.get(key) != now.settings.get(key)
         ]
+        changed += [f"input {name} is new" for name in sorted(now.inputs.keys() - self.inputs.keys())]
+        changed += [f"input {name} is no longer one" for name in sorted(self.inputs.keys() - now.inputs.keys())]
         changed += [
             f"input {name} has other content"
-            for name in sorted(self.inputs.keys() | now.inputs.keys())
-            if self.inputs.get(name) != now.inputs.get(name)
+            for name in sorted(self.inputs.keys() & now.inputs.keys())
+            if self.inputs[name] != now.inputs[name]
         ]
         return changed
 

@@ -41,7 +41,7 @@ class Artifact:
     @property
     def url(self) -> str:
         """Path or URL of the artifact's folder."""
-        return self.storage.path(self.name)
+        return self.storage.url_of(self.name)
 
     # -- what is there ------------------------------------------------------------------------------------------
 
@@ -73,8 +73,8 @@ class Artifact:
         return [f"{self.name}/{entry}" for entry in entries if entry.startswith("part-") and entry.endswith(".parquet")]
 
     def part_paths(self) -> list[str]:
-        """Paths of the committed parts, for readers on other nodes."""
-        return [self.storage.path(part) for part in self.parts()]
+        """Paths or URLs of the committed parts, for readers in other processes."""
+        return [self.storage.url_of(part) for part in self.parts()]
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The committed parts one by one."""
@@ -124,22 +124,27 @@ class Artifact:
         if self.begun() is None:
             self._write_begun(identity, time.time(), 0.0)
 
+    def made_from(self) -> Identity | None:
+        """What the artifact is made from, finished or begun; None where there is nothing of it."""
+        if (manifest := self.manifest()) is not None:
+            return manifest.identity
+        begun = self.begun()
+        return begun[0] if begun else None
+
     def check(self, identity: Identity) -> bool:
         """Whether the artifact is finished.
 
         Raises:
             RunError: it is finished or begun, but with other settings or inputs than `identity`.
         """
-        manifest = self.manifest()
-        before = manifest.identity if manifest else None
-        if before is None and (begun := self.begun()) is not None:
-            before = begun[0]
+        before = self.made_from()
         if before is not None and (changes := before.changes(identity)):
             raise RunError(
                 f"{self.url} was made with other settings ({'; '.join(changes)}): choose another `run`, change the "
-                f"settings back, or remove it and what was made from it with `montessori stages --remove {self.name}`"
+                "settings back, or remove it and what was made from it with `montessori stages --run "
+                f"{self.storage.url_of('')} --remove {self.name}`"
             )
-        return manifest is not None
+        return self.manifest() is not None
 
     def append(self, table: pa.Table) -> None:
         """Commit rows as the next part. One process at a time appends (`Run.lock`)."""
@@ -223,7 +228,7 @@ class Run:
     @property
     def root(self) -> str:
         """Path or URL of the run."""
-        return str(self.storage.root if self.storage.is_local else self.storage.url)
+        return self.storage.url_of("")
 
     def artifact(self, name: str) -> Artifact:
         """The artifact of this name, existing or not."""

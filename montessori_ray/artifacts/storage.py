@@ -46,6 +46,10 @@ class Storage:
         """The file system's own path of `name`."""
         return f"{self.root}/{name}" if name else str(self.root)
 
+    def url_of(self, name: str) -> str:
+        """What any process opens `name` by: an ordinary path, or a URL in a bucket."""
+        return self.path(name) if self.is_local else str(self.fs.unstrip_protocol(self.path(name)))
+
     def exists(self, name: str) -> bool:
         """Whether a file or folder of this name is there."""
         self.fs.invalidate_cache()

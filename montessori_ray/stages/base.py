@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -100,15 +100,21 @@ class StageContext(Generic[Settings]):
             self.output.append(pa.Table.from_pylist(rows, schema=self.stage.schema))
 
 
-def identity_of(stage: Stage, config: Section, run: Run) -> Identity:
-    """What the stage's output is made from.
+def identity_of(stage: Stage, config: Section, run: Run, to_come: Mapping[str, str] | None = None) -> Identity:
+    """What the stage's output is made from; `to_come`: digests that inputs are taken to have that do not exist yet.
 
     Raises:
-        RunError: an input does not exist.
+        RunError: an input does not exist, and `to_come` is not given.
     """
-    inputs = {name: run.artifact(name).require().digest for name in stage.inputs}
+    inputs = {name: _digest_of(run.artifact(name), to_come) for name in stage.inputs}
     settings = content_settings(stage.config or config, stage.settings)
     return Identity(stage=stage.name, settings=settings, inputs=inputs)
+
+
+def _digest_of(artifact: Artifact, to_come: Mapping[str, str] | None) -> str:
+    if to_come is not None and artifact.manifest() is None:
+        return to_come.get(artifact.name, "")
+    return artifact.require().digest
 
 
 def bundles_of(stage: Stage, config: AnySettings) -> list[dict[str, float]]:

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
-from montessori_ray.artifacts.run import LOCATION
-from montessori_ray.config import ScoreFiles
-from montessori_ray.errors import DataError
+from montessori_ray.artifacts.run import LOCATION, Artifact
+from montessori_ray.config import Config, ScoreFiles
+from montessori_ray.errors import DataError, ModelError
 from montessori_ray.stages.base import AnySettings, StageContext
 
 ROWS_A_PART = 10_000
@@ -38,12 +38,13 @@ def import_reference(context: StageContext[AnySettings]) -> dict[str, Any]:
 
 
 def import_held_out(context: StageContext) -> dict[str, Any]:
-    """Held-out rows into `inputs/held_out`, disjoint from the reference set."""
+    """Held-out rows into `inputs/held_out`, disjoint from the reference set and from what few-shot prompts show."""
     from montessori_ray.data import read_rows, require_disjoint  # late: see stages/__init__.py
 
     rows = list(read_rows("held_out", context.config.data.held_out, needs_response=True))
-    reference = context.input(0).column("instruction")
-    require_disjoint("held-out", [row["instruction"] for row in rows], "reference", reference)
+    held_out = [row["instruction"] for row in rows]
+    for position, name in enumerate(("reference", "seed")):
+        require_disjoint("held-out", held_out, name, context.input(position).column("instruction"))
     return _store(context, rows)
 
 
@@ -85,10 +86,37 @@ def import_teacher(context: StageContext) -> dict[str, Any]:
 
 def import_student(context: StageContext[AnySettings]) -> dict[str, Any]:
     """The original student as `inputs/student`, without `student.drop_layers`."""
-    student = context.config.student
+    from montessori_ray.models import resolve_model  # late: see stages/__init__.py
+    from montessori_ray.training.adapters import has_adapter
+
+    config, student = context.config, context.config.student
+    if isinstance(config, Config) and config.evaluate.judge and has_adapter(resolve_model(student.model)):
+        raise ModelError(
+            f"student.model {student.model} is an adapter, and evaluate.judge has the student answer in vLLM, which is "
+            "not given it: merge the adapter into its model first, or leave evaluate.judge out"
+        )
     return _import_model(
         context, student.model, "student", student.chat_template, student.max_length, student.drop_layers
     )
+
+
+def require_responses(config: AnySettings, student: Artifact, sets: Iterable[Artifact]) -> None:
+    """Refuse rows of which `student.max_length` leaves no token of the response: their loss cannot be measured.
+
+    Raises:
+        DataError: names the set and the row.
+    """
+    from montessori_ray.training.chat import ChatFormat  # late: see stages/__init__.py
+
+    chat = ChatFormat.load(student.model_path(), config.student.chat_template, config.student.max_length)
+    for rows in sets:
+        for row in rows.rows(["example_id", "instruction", "response"]):
+            if not chat.encode(row["instruction"], row["response"]).response_tokens:
+                raise DataError(
+                    f"row {row['example_id']} of {rows.name} ({row['instruction'][:40]!r}...) fills student.max_length "
+                    f"{config.student.max_length} with its instruction alone, so it has no loss: leave it out of the "
+                    "file, or raise student.max_length"
+                )
 
 
 def _import_model(

@@ -1,4 +1,4 @@
-"""Columns of the datasets of a run (DESIGN section 5)."""
+"""Columns of the datasets of a run (docs/architecture.md)."""
 
 import pyarrow as pa
 

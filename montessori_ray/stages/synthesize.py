@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import groupby, islice
+from itertools import compress, groupby, islice
 from typing import Any
 
 import fsspec
@@ -82,7 +82,8 @@ def request_for(text: str, sampling: Sampling, n: int, seed: int, stop: tuple[st
 
 
 def synthesize_responses(context: StageContext) -> dict[str, Any]:
-    """Answer every kept instruction: a Ray Data pipeline over the pool, one part of responses a part of instructions.
+    """Answer every kept instruction: a Ray Data pipeline over the pool, one part of responses a part of instructions
+    that has any.
 
     The pipeline preserves order, so the parts that are committed are the first ones, and a resumed stage goes on with
     the next part.
@@ -90,7 +91,7 @@ def synthesize_responses(context: StageContext) -> dict[str, Any]:
     total = context.input(0).require().details["kept"]
     answered = sum(table.num_rows for table in context.output.tables(["example_id"]))
     context.progress.update(answered, total, unit="responses")
-    for table in _answered_parts(context, context.input(0).part_paths()[len(context.output.parts()) :]):
+    for table in _answered_parts(context, _parts_with_kept(context)[len(context.output.parts()) :]):
         context.output.append(table)
     finish_reasons = context.output.column("finish_reason")
     return {
@@ -98,6 +99,13 @@ def synthesize_responses(context: StageContext) -> dict[str, Any]:
         "truncated": sum(reason == "length" for reason in finish_reasons),
         "tokens": sum(context.output.column("num_tokens")),
     }
+
+
+def _parts_with_kept(context: StageContext) -> list[str]:
+    """Paths of the parts of instructions in which the filters kept one; Ray Data passes on no empty table."""
+    instructions = context.input(0)
+    kept = (KEPT in table.column("status").to_pylist() for table in instructions.tables(["status"]))
+    return list(compress(instructions.part_paths(), kept))
 
 
 def _answered_parts(context: StageContext, parts: list[str]) -> Iterator[pa.Table]:

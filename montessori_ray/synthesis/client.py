@@ -6,7 +6,7 @@
         ...
 
 A request that was lost with its replica is sent again as it was, seed included; sampled text may then differ all the
-same, because batches differ (DESIGN, determinism). A request that is itself wrong is never sent again.
+same, because batches differ. A request that is itself wrong is never sent again.
 """
 
 from __future__ import annotations

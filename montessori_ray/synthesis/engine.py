@@ -19,6 +19,7 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs import TokensPrompt
 from vllm.outputs import RequestOutput
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -43,8 +44,9 @@ class TeacherEngine:
         if not (Path(model_dir) / "config.json").is_file():
             raise ModelError(
                 f"{model_dir} is not a model directory on this node: it has no config.json; give a Hugging Face model "
-                "directory that every node sees"
+                "directory that every node sees, and for models of the Hub an HF_HOME that they share"
             )
+        require_device(pool, on_cpu=current_platform.is_cpu())
         _bind_children()
         self._engine = _start(model_dir, pool)
         settings = self._engine.vllm_config.model_config
@@ -93,6 +95,24 @@ class TeacherEngine:
     def close(self) -> None:
         """End vLLM's processes and wait for them, so that their memory is free."""
         self._engine.shutdown()
+
+
+def require_device(pool: Pool, *, on_cpu: bool) -> None:
+    """Refuse a replica without a GPU where vLLM would take one that Ray has not given it, and one it cannot use.
+
+    Raises:
+        ModelError: see above.
+    """
+    if on_cpu and pool.worker.gpus:
+        raise ModelError(
+            f"pool.worker.gpus is {pool.worker.gpus:g}, but the installed vLLM is the one for CPUs: set it to 0, or "
+            "install the CUDA packages (make setup LOCK=cuda)"
+        )
+    if not on_cpu and not pool.worker.gpus:
+        raise ModelError(
+            "pool.worker.gpus is 0, but the installed vLLM is the one for GPUs: set it to 1 or more (as "
+            "configs/quickstart_gpu.yaml does), or install the CPU packages (make setup LOCK=cpu)"
+        )
 
 
 def _engine_arguments(model_dir: str, pool: Pool) -> dict[str, Any]:

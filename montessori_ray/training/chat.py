@@ -19,6 +19,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from montessori_ray.config import template_text
 from montessori_ray.errors import ModelError
 
 IGNORED = -100
@@ -130,22 +131,13 @@ def load_tokenizer(model: Path | str, chat_template: str | None) -> Any:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"no tokenizer can be loaded from {model} ({reason}): save one there") from None
     if chat_template is not None:
-        tokenizer.chat_template = _template_text(chat_template)
+        try:
+            tokenizer.chat_template = template_text(chat_template)
+        except ValueError as error:
+            raise ModelError(f"student.chat_template {error}") from None
     if tokenizer.chat_template is None:
         raise ModelError(
             f"the tokenizer in {model} has no chat template, as those of base models: take an instruct model, or set "
             "student.chat_template to a Jinja template or a file with one"
         )
     return tokenizer
-
-
-def _template_text(chat_template: str) -> str:
-    """The template itself: text as given, or the content of the file it names."""
-    if "{" in chat_template:  # every template has a brace, a sensible path has none
-        return chat_template
-    try:
-        return Path(chat_template).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(
-            f"student.chat_template {chat_template!r} is neither a Jinja template nor a readable file: {error}"
-        ) from None

@@ -162,6 +162,15 @@ def test_the_first_cause_is_found_in_vllms_log() -> None:
     assert first_exception("INFO all is well") is None
 
 
+@pytest.mark.parametrize(("gpus", "on_cpu"), [(1, True), (0, False)])
+def test_a_replica_without_the_device_its_vllm_is_for_is_refused(gpus: int, on_cpu: bool) -> None:
+    from montessori_ray.synthesis.engine import require_device
+
+    require_device(Pool(worker=WorkerResources(gpus=gpus)), on_cpu=not on_cpu)
+    with pytest.raises(ModelError, match=rf"pool\.worker\.gpus is {gpus}, but the installed vLLM is the one for"):
+        require_device(Pool(worker=WorkerResources(gpus=gpus)), on_cpu=on_cpu)
+
+
 # With replicas ---------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,67 @@
+"""Answering instructions part by part: what a stopped session left is neither answered again nor left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from montessori_ray.artifacts.manifest import Identity
+from montessori_ray.artifacts.run import Run
+from montessori_ray.config import load_config
+from montessori_ray.loop import stages_of
+from montessori_ray.stages import synthesize
+from montessori_ray.stages.base import StageContext
+from montessori_ray.stages.schemas import INSTRUCTIONS, RESPONSES
+from montessori_ray.telemetry.progress import ProgressChannel
+
+CONFIG = load_config(Path(__file__).parents[1] / "configs/quickstart.yaml")
+STAGE = {stage.name: stage for stage in stages_of(CONFIG)}["iteration_00/responses"]
+STATUSES = [["kept", "kept"], ["kept", "duplicate"], ["unparsed", "duplicate"], ["kept"], ["unparsed"], ["kept"]]
+"""Of the samples of each part: nothing was kept of the third and the fifth."""
+
+
+def answered(parts: list[str], stop_after: int | None) -> Iterator[pa.Table]:
+    """Ray Data as it is in this: parts in order, none without rows; a kill after some of them."""
+    for number, part in enumerate(parts):
+        if number == stop_after:
+            raise KeyboardInterrupt
+        rows = [row for row in pq.read_table(part).to_pylist() if row["status"] == "kept"]
+        answers = {"response": "Yes.", "finish_reason": "stop", "num_tokens": 2}
+        if rows:
+            yield pa.Table.from_pylist([row | answers for row in rows], schema=RESPONSES)
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> StageContext:
+    run = Run(str(tmp_path / "run"))
+    instructions = run.artifact(STAGE.inputs[0])
+    instructions.begin(Identity(stage="instructions", settings={}, inputs={}))
+    for part, statuses in enumerate(STATUSES):
+        rows = [{"example_id": f"{part}-{number}", "status": status} for number, status in enumerate(statuses)]
+        instructions.append(pa.Table.from_pylist(rows, schema=INSTRUCTIONS))
+    kept = sum(status == "kept" for statuses in STATUSES for status in statuses)
+    columns = {field.name: str(field.type) for field in INSTRUCTIONS}
+    instructions.commit(details={"kept": kept}, seconds=0.0, columns=columns)
+    progress = ProgressChannel(STAGE.name, None)
+    return StageContext(stage=STAGE, config=CONFIG, run=run, progress=progress, note=lambda *_, **__: None)
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 2, 3, None])
+def test_every_kept_instruction_is_answered_once_wherever_a_session_stopped(
+    context: StageContext, monkeypatch: pytest.MonkeyPatch, stop_after: int | None
+) -> None:
+    def until(stop: int | None) -> Callable[[Any, list[str]], Iterator[pa.Table]]:
+        return lambda _, parts: answered(parts, stop)
+
+    monkeypatch.setattr(synthesize, "_answered_parts", until(stop_after))
+    if stop_after is not None:
+        with pytest.raises(KeyboardInterrupt):
+            synthesize.synthesize_responses(context)
+        monkeypatch.setattr(synthesize, "_answered_parts", until(None))
+    assert synthesize.synthesize_responses(context)["responses"] == 5
+    assert context.output.column("example_id") == ["0-0", "0-1", "1-0", "3-0", "5-0"]
