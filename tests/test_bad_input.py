@@ -103,7 +103,7 @@ def test_overlap_and_too_few_seeds(tmp_path: Path) -> None:
 def test_a_row_without_room_for_its_response_is_named_before_anything_is_written(tmp_path: Path) -> None:
     rows = [{"instruction": "Say yes.", "response": "Yes."}, {"instruction": "word " * 300, "response": "Yes."}]
     path = jsonl(tmp_path / "rows.jsonl", rows)
-    settings = [f"data.held_out.path={path}", "data.held_out.category=null"]
+    settings = [f"data.held_out.path={path}", "data.held_out.category=null", "student.drop_layers=[]"]
     said = refused(tmp_path / "run", *settings)
     assert "of inputs/held_out ('word word" in said
     assert "fills student.max_length 256 with its instruction alone" in said

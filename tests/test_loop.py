@@ -348,7 +348,7 @@ def test_a_bucket_is_for_a_single_node(run: Run) -> None:
 def test_a_finished_stage_is_refused_when_its_input_was_made_again(run: Run) -> None:
     config = quickstart()
     stages = by_name(config)
-    for name in ("inputs/reference", "inputs/held_out"):
+    for name in ("inputs/reference", "inputs/seeds", "inputs/held_out"):
         finish(run, stages[name], config)
     reference = run.artifact("inputs/reference")
     reference.remove()
