@@ -302,8 +302,9 @@ def mt_bench(
     from montessori_ray.evaluation.endpoint import ChatEndpoint
     from montessori_ray.evaluation.mt_bench import grade_to_file, read_answers, read_questions
 
+    settings = judge_settings(judge)
     asked, answered = read_questions(questions), read_answers(answers)
-    found = grade_to_file(asked, answered, ChatEndpoint(judge_settings(judge)), output)
+    found = grade_to_file(asked, answered, ChatEndpoint(settings), output, judge=settings.model)
     for name, value in {"all": found["score"], **found["turns"], **found["categories"]}.items():
         typer.echo(f"{f'turn {name}' if name in found['turns'] else name:<12} {value['mean']:.2f} ± {value['se']:.2f}")
     typer.echo(f"{found['graded']} answers graded, {found['without_rating']} without a rating: {output}")

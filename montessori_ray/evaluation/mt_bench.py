@@ -133,19 +133,33 @@ def grade(
         }
 
 
-def grade_to_file(questions: Sequence[Question], answers: Answers, ask: Ask, output: Path) -> dict[str, Any]:
+def grade_to_file(
+    questions: Sequence[Question], answers: Answers, ask: Ask, output: Path, *, judge: str
+) -> dict[str, Any]:
     """`summarise` of the grades of all answers, each kept as a line of a JSONL file when it is there; continues one.
 
+    Args:
+        questions, answers, ask: as `grade`.
+        output: the file; each row also names its `judge`.
+        judge: name of the model behind `ask`.
+
     Raises:
+        DataError: the file holds grades by another judge.
         RunError: the file holds grades of other answers. And what `grade` raises.
     """
     rows = _begun(output)
+    if others := sorted({row.get("judge", "a judge it does not name") for row in rows} - {judge}):
+        raise DataError(
+            f"{output} holds grades by {', '.join(others)}, now the judge is {judge}: a score is of one judge, choose "
+            "another output"
+        )
     for row in rows:
         if row["answer"] != answers.get(row["question_id"], ("", ""))[row["turn"] - 1]:
             raise RunError(f"{output} holds grades of other answers: choose another output, or remove it")
     done = {(row["question_id"], row["turn"]) for row in rows}
     with output.open("a", encoding="utf-8") as file:
         for row in grade(questions, answers, ask, done=done):
+            row["judge"] = judge
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             rows.append(row)

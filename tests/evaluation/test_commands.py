@@ -49,6 +49,7 @@ def test_mt_bench(tmp_path: Path) -> None:
     assert "turn 1       5.00" in printed
     assert "turn 2       6.00" in printed
     assert "2 answers graded, 0 without a rating" in printed
+    assert [json.loads(line)["judge"] for line in Path(files["grades"]).read_text().splitlines()] == ["judge"] * 2
     assert "a judge is either `pool`" in montessori(*command, "model=judge", status=2)
 
 
