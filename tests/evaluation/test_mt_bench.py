@@ -58,6 +58,16 @@ def test_the_second_turn_sees_the_first(questions: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(("longest", "refused"), [(10, "question 81, turn 1"), (30, "question 81, turn 2")])
+def test_a_servers_refusal_is_no_answer(questions: Path, longest: int, refused: str) -> None:
+    def short_of_context(conversations: Iterable[Conversation]) -> Iterator[Reply]:
+        for reply in assistant(conversations):
+            yield Reply("too many tokens", refused=True) if len(reply.text) > longest else reply
+
+    with pytest.raises(DataError, match=rf"{refused} \(too many tokens\): serve the model with a longer context"):
+        answer_questions(read_questions(questions), short_of_context)
+
+
 def test_grades_by_hand(questions: Path) -> None:
     asked = read_questions(questions)
     rows = list(grade(asked, answer_questions(asked, assistant), judge))
