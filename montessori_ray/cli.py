@@ -320,10 +320,15 @@ def alpaca_eval(
     from montessori_ray.evaluation.alpaca_eval import write_outputs
 
     artifacts = open_run(directory)
+    students = {name: artifacts.artifact(f"final/answers_{name}") for name in ("original", "trained")}
+    for answers in students.values():
+        if answers.manifest() is None:
+            raise RunError(
+                f"{answers.url} does not exist yet: students answer only in runs with evaluate.judge; add it, to a "
+                "finished run too, with `montessori run -c CONFIG 'evaluate.judge={model: pool}'` or another judge"
+            )
     output.mkdir(parents=True, exist_ok=True)
-    for name in ("original", "trained"):
-        answers = artifacts.artifact(f"final/answers_{name}")
-        answers.require()
+    for name, answers in students.items():
         outputs = ((row["instruction"], row["response"]) for row in answers.rows(["instruction", "response"]))
         write_outputs(output / f"{name}.json", outputs, generator=name, dataset="held_out")
         typer.echo(f"written: {output / name}.json")

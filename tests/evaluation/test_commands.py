@@ -64,4 +64,6 @@ def test_alpaca_eval(tmp_path: Path) -> None:
     montessori("alpaca-eval", str(tmp_path / "run"), "--output", str(tmp_path / "outputs"))
     expected = {"instruction": "Why?", "output": "trained", "generator": "trained", "dataset": "held_out"}
     assert json.loads((tmp_path / "outputs/trained.json").read_text()) == [expected]
-    assert "does not exist yet" in montessori("alpaca-eval", str(tmp_path), "--output", str(tmp_path / "o"), status=2)
+    refused = montessori("alpaca-eval", str(tmp_path), "--output", str(tmp_path / "o"), status=2)
+    assert "final/answers_original does not exist yet: students answer only in runs with evaluate.judge" in refused
+    assert not (tmp_path / "o").exists()
