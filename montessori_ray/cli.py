@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -26,7 +27,7 @@ from montessori_ray.calibration import calibrate as measure_scoring
 from montessori_ray.calibration import load_calibration, say_scoring
 from montessori_ray.cluster import address_of, cluster_nodes, connected, require_room, say_bundles, this_machine
 from montessori_ray.config import Config, ScoreFiles, judge_settings, load_benchmarks, load_config, score_settings
-from montessori_ray.errors import RunError, UserError
+from montessori_ray.errors import ConfigError, RunError, UserError
 from montessori_ray.scoring import EXAMPLES, INFLUENCE, score_files, stages_of_scoring
 from montessori_ray.session import open_run
 from montessori_ray.stages.base import AnySettings, Stage, bundles_of
@@ -344,12 +345,28 @@ def prune_student(
     """Write a copy of a model without some of its layers: a small student that has something to learn."""
     from montessori_ray.models import prune_layers, resolve_model
 
-    layers: list[int] = []
-    for part in drop_layers.split(","):
-        first, _, last = part.partition("-")
-        layers.extend(range(int(first), int(last or first) + 1))
+    layers = _layers(drop_layers)
     prune_layers(resolve_model(model), layers, output)
     typer.echo(f"{output}: {model} without layers {', '.join(map(str, layers))}")
+
+
+def _layers(said: str) -> list[int]:
+    """Layers such as `3,5,7-9` as numbers.
+
+    Raises:
+        ConfigError: a part is neither a number nor a range from a lower to a higher one.
+    """
+    layers: list[int] = []
+    for part in said.split(","):
+        bounds = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        found = range(int(bounds[1]), int(bounds[2] or bounds[1]) + 1) if bounds else ()
+        if not found:
+            raise ConfigError(
+                f"--drop-layers is {said!r}: {part!r} is neither a layer's number nor a range from a lower to a higher "
+                "one, give e.g. 12-17 or 3,5,7-9"
+            )
+        layers.extend(found)
+    return layers
 
 
 def main() -> None:
