@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -310,8 +311,9 @@ def mt_bench(
     from montessori_ray.evaluation.endpoint import ChatEndpoint
     from montessori_ray.evaluation.mt_bench import grade_to_file, read_answers, read_questions
 
+    settings = judge_settings(judge)
     asked, answered = read_questions(questions), read_answers(answers)
-    found = grade_to_file(asked, answered, ChatEndpoint(judge_settings(judge)), output)
+    found = grade_to_file(asked, answered, ChatEndpoint(settings), output, judge=settings.model)
     for name, value in {"all": found["score"], **found["turns"], **found["categories"]}.items():
         typer.echo(f"{f'turn {name}' if name in found['turns'] else name:<12} {value['mean']:.2f} ± {value['se']:.2f}")
     typer.echo(f"{found['graded']} answers graded, {found['without_rating']} without a rating: {output}")
@@ -327,10 +329,15 @@ def alpaca_eval(
     from montessori_ray.evaluation.alpaca_eval import write_outputs
 
     artifacts = open_run(directory)
+    students = {name: artifacts.artifact(f"final/answers_{name}") for name in ("original", "trained")}
+    for answers in students.values():
+        if answers.manifest() is None:
+            raise RunError(
+                f"{answers.url} does not exist yet: students answer only in runs with evaluate.judge; add it, to a "
+                "finished run too, with `montessori run -c CONFIG 'evaluate.judge={model: pool}'` or another judge"
+            )
     output.mkdir(parents=True, exist_ok=True)
-    for name in ("original", "trained"):
-        answers = artifacts.artifact(f"final/answers_{name}")
-        answers.require()
+    for name, answers in students.items():
         outputs = ((row["instruction"], row["response"]) for row in answers.rows(["instruction", "response"]))
         write_outputs(output / f"{name}.json", outputs, generator=name, dataset="held_out")
         typer.echo(f"written: {output / name}.json")
@@ -346,12 +353,28 @@ def prune_student(
     """Write a copy of a model without some of its layers: a small student that has something to learn."""
     from montessori_ray.models import prune_layers, resolve_model
 
-    layers: list[int] = []
-    for part in drop_layers.split(","):
-        first, _, last = part.partition("-")
-        layers.extend(range(int(first), int(last or first) + 1))
+    layers = _layers(drop_layers)
     prune_layers(resolve_model(model), layers, output)
     typer.echo(f"{output}: {model} without layers {', '.join(map(str, layers))}")
+
+
+def _layers(said: str) -> list[int]:
+    """Layers such as `3,5,7-9` as numbers.
+
+    Raises:
+        ConfigError: a part is neither a number nor a range from a lower to a higher one.
+    """
+    layers: list[int] = []
+    for part in said.split(","):
+        bounds = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        found = range(int(bounds[1]), int(bounds[2] or bounds[1]) + 1) if bounds else ()
+        if not found:
+            raise ConfigError(
+                f"--drop-layers is {said!r}: {part!r} is neither a layer's number nor a range from a lower to a higher "
+                "one, give e.g. 12-17 or 3,5,7-9"
+            )
+        layers.extend(found)
+    return layers
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from montessori_ray.session import Session
 from montessori_ray.stages import evaluate, grade, inputs, pair, score, split, synthesize, train, tune_teacher, win_rate
 from montessori_ray.stages import schemas as columns
 from montessori_ray.stages.base import AnySettings, Stage, bundles_of, identity_of
+from montessori_ray.stages.judging import require_keys
 
 SEEDS, REFERENCE, HELD_OUT = "inputs/seeds", "inputs/reference", "inputs/held_out"
 TEACHER, STUDENT = "inputs/teacher", "inputs/student"
@@ -391,6 +392,7 @@ def run_stages(config: AnySettings, stages: Sequence[Stage], chosen: Sequence[St
     """
     with Session(config) as session:
         check_run(stages, config, session.run)
+        require_keys(chosen, config, session.run)
         session.write_config()
         for stage in filter(_is_input, stages):
             session.execute(stage)

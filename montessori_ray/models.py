@@ -251,10 +251,11 @@ def _decoder_layers(model: nn.Module, count: int) -> tuple[nn.Module, str, nn.Mo
     )
 
 
-def model_digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of weights, config and tokenizer files."""
+def model_digest(folder: Path, *, without: Path | None = None) -> str:
+    """SHA-256 over the names and contents of weights, config and tokenizer files, but for the one at `without`."""
     digest = hashlib.sha256()
-    for path in sorted({path for pattern in CONTENT for path in folder.glob(pattern)}):
+    paths = {path for pattern in CONTENT for path in folder.glob(pattern)}
+    for path in sorted(path for path in paths if without is None or path.resolve() != without.resolve()):
         with path.open("rb") as file:
             digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()

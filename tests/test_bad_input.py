@@ -138,6 +138,21 @@ def test_more_than_the_machine_has(tmp_path: Path) -> None:
     assert "the cluster has 1 x (2 CPU" in said
 
 
+@pytest.mark.parametrize(("layers", "part"), [("a-b", "a-b"), ("3,19-10", "19-10"), ("1,,2", ""), ("7-", "7-")])
+def test_layers_that_are_none(tmp_path: Path, tiny_model: Path, layers: str, part: str) -> None:
+    line = ["prune-student", "--model", str(tiny_model), "--drop-layers", layers, "--output", str(tmp_path / "pruned")]
+    done = CliRunner().invoke(app, line)
+    assert done.exit_code == 2, done.output
+    assert done.stderr.startswith(f"error: --drop-layers is {layers!r}: {part!r} is neither a layer's number nor a ")
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_layers_and_ranges_of_them_are_read(tmp_path: Path, tiny_model: Path) -> None:
+    line = ["prune-student", "--model", str(tiny_model), "--output", str(tmp_path / "pruned"), "--drop-layers"]
+    assert "has layers 0 to 1; drop_layers names [3, 5, 7, 8, 9]" in CliRunner().invoke(app, [*line, "3,5, 7-9"]).stderr
+    assert "without layers 1\n" in CliRunner().invoke(app, [*line, "1-1"]).stdout
+
+
 def test_no_permission(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "is a file" in refused(tmp_path / "file")

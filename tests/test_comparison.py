@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from montessori_ray.comparison import all_stages, cells_of, stages_of_comparison
+from montessori_ray.comparison import all_stages, cells_of, run_comparison, stages_of_comparison
 from montessori_ray.config import Config, load_config
 from montessori_ray.errors import ConfigError
 from montessori_ray.loop import run_loop, stages_of
+from montessori_ray.session import Session
 from montessori_ray.stages.base import Stage
 
 QUICKSTART = Path(__file__).parents[1] / "configs/quickstart.yaml"
@@ -138,6 +139,18 @@ def test_a_judge_grades_what_is_scored() -> None:
     assert grades.teacher == "inputs/teacher"
     pairs = by_output[by_output["arms/judged/tuning_0/iteration_00/teacher"].inputs[1]]
     assert pairs.inputs == ("iteration_00/influence", "iteration_00/instructions", "iteration_00/grades")
+
+
+def test_a_judge_without_its_key_is_refused_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Session, "connect", lambda _: pytest.fail("a cluster was started"))
+    judge = {"model": "m", "base_url": "http://127.0.0.1:8000/v1", "api_key_env": "NO_SUCH_KEY"}
+    judged = {"pair.signal": "llm_judge", "pair.judge": judge}
+    config = comparison({**ARMS, "judged": judged}).model_copy(update={"run": str(tmp_path / "run")})
+    with pytest.raises(ConfigError, match="the environment variable NO_SUCH_KEY, named by api_key_env, is not set"):
+        run_comparison(config)
+    assert not (tmp_path / "run/inputs").exists()
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from montessori_ray.loop import (
 )
 from montessori_ray.session import Session
 from montessori_ray.stages.base import Stage, identity_of
+from montessori_ray.stages.judging import require_keys
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SHIPPED = sorted(set(CONFIGS.glob("*.yaml")) - set(CONFIGS.glob("benchmarks_*.yaml")))
@@ -425,6 +426,32 @@ def test_stages_that_lack_an_input_none_of_them_makes_are_refused_as_well(run: R
     prepare(run, config, *instructions)
     with pytest.raises(RunError, match=r"iteration_00/score needs .*probing_set"):
         run_loop(config, kinds=("warm_up", "score"))
+
+
+WITH_KEY = "evaluate.judge={model: m, base_url: http://127.0.0.1:8000/v1, api_key_env: NO_SUCH_KEY}"
+
+
+@pytest.mark.usefixtures("no_cluster")
+def test_a_judge_without_its_key_is_refused_before_anything_is_made(run: Run) -> None:
+    with pytest.raises(ConfigError, match="the environment variable NO_SUCH_KEY, named by api_key_env, is not set"):
+        run_loop(quickstart(f"run={run.root}", "telemetry.tracker=none", WITH_KEY))
+    assert not run.storage.exists("config.yaml")
+    assert not Path(run.root, "inputs").exists()
+
+
+def test_only_a_judge_that_will_be_asked_needs_its_key(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = quickstart(f"run={run.root}", WITH_KEY)
+    stages = stages_of(config)
+    require_keys(select(stages, ["score"], None), config, run)
+    in_pool = quickstart("evaluate.judge={model: pool, api_key_env: NO_SUCH_KEY}")
+    require_keys(stages_of(in_pool), in_pool, run)
+    monkeypatch.setenv("NO_SUCH_KEY", "secret")
+    require_keys(stages, config, run)
+    monkeypatch.setenv("NO_SUCH_KEY", "")
+    with pytest.raises(ConfigError, match="NO_SUCH_KEY"):
+        require_keys(stages, config, run)
+    prepare(run, config, *(stage.name for stage in stages))
+    require_keys(stages, config, run)
 
 
 @pytest.mark.usefixtures("no_cluster")

@@ -14,8 +14,12 @@ from typing import Any
 
 from montessori_ray.config import Benchmarks
 from montessori_ray.errors import ConfigError, DataError, ModelError, RunError
+from montessori_ray.models import model_digest
 
 Results = dict[str, Any]
+
+SAID = {"model_digest": "version of the model"}
+"""What a message calls a name of the results."""
 
 
 def run_benchmarks(
@@ -26,8 +30,8 @@ def run_benchmarks(
     Args:
         model: model directory.
         settings: tasks, shots, backend.
-        output: JSON file: model, settings, versions, and `tasks`: task -> `shots`, `questions` and `metrics`, metric ->
-            value and stderr (None where the harness gives none).
+        output: JSON file: model, its digest, settings, versions, and `tasks`: task -> `shots`, `questions` and
+            `metrics`, metric -> value and stderr (None where the harness gives none).
         on_task: called with each finished task's name and results.
 
     Returns:
@@ -37,7 +41,7 @@ def run_benchmarks(
         ConfigError: the package is missing, or the harness has no such task, or it fixes the task's shots.
         DataError: the data of a task cannot be had.
         ModelError: the backend cannot load the model.
-        RunError: `output` holds results of another model or other settings.
+        RunError: `output` holds results of another model, of what the folder held before, or of other settings.
     """
     if find_spec("lm_eval") is None:
         raise ConfigError("the package lm-eval is not installed: pip install 'montessori-ray[eval]'")
@@ -57,13 +61,14 @@ def _begin(model: Path, settings: Benchmarks, output: Path) -> Results:
     """Results so far: those in `output`, or none yet."""
     made_by = {
         "model": str(model.absolute()),
+        "model_digest": model_digest(model, without=output),
         "settings": settings.model_dump(mode="json", exclude={"tasks"}),
         "versions": {name: version(name) for name in ("lm_eval", "transformers", "torch")},
     }
     if not output.exists():
         return made_by | {"tasks": {}}
     results: Results = json.loads(output.read_text(encoding="utf-8"))
-    changed = [name for name, value in made_by.items() if results.get(name) != value]
+    changed = [SAID.get(name, name) for name, value in made_by.items() if results.get(name) != value]
     changed += [
         task for task, shots in settings.tasks.items() if results["tasks"].get(task, {}).get("shots", shots) != shots
     ]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from montessori_ray.errors import DataError, RunError
-from montessori_ray.evaluation.endpoint import Ask, Conversation
+from montessori_ray.evaluation.endpoint import Ask, Conversation, Reply
 from montessori_ray.evaluation.statistics import mean_se
 
 PROMPT = """\
@@ -93,12 +93,28 @@ def write_answers(path: Path, answers: Answers, *, model: str) -> None:
 
 
 def answer_questions(questions: Sequence[Question], ask: Ask) -> dict[int, tuple[str, str]]:
-    """A model's answers: to all first messages, then to the second ones, which see the first answer."""
-    first = [reply.text for reply in ask(_dialogue(question, []) for question in questions)]
-    second = ask(_dialogue(question, [said]) for question, said in zip(questions, first, strict=True))
+    """A model's answers: to all first messages, then to the second ones, which see the first answer.
+
+    Raises:
+        DataError: the model's server refused a message. And what `ask` raises.
+    """
+    replies = ask(_dialogue(question, []) for question in questions)
+    first = [_answered(question, 1, reply) for question, reply in zip(questions, replies, strict=True)]
+    replies = ask(_dialogue(question, [said]) for question, said in zip(questions, first, strict=True))
     return {
-        question.question_id: (said, reply.text) for question, said, reply in zip(questions, first, second, strict=True)
+        question.question_id: (said, _answered(question, 2, reply))
+        for question, said, reply in zip(questions, first, replies, strict=True)
     }
+
+
+def _answered(question: Question, turn: int, reply: Reply) -> str:
+    """The model's words; a server's that refused would be graded as if they were."""
+    if reply.refused:
+        raise DataError(
+            f"the server refused question {question.question_id}, turn {turn} ({reply.text}): serve the model with a "
+            "longer context, lower max_tokens, or leave the question out"
+        )
+    return reply.text
 
 
 def grade(
@@ -133,19 +149,33 @@ def grade(
         }
 
 
-def grade_to_file(questions: Sequence[Question], answers: Answers, ask: Ask, output: Path) -> dict[str, Any]:
+def grade_to_file(
+    questions: Sequence[Question], answers: Answers, ask: Ask, output: Path, *, judge: str
+) -> dict[str, Any]:
     """`summarise` of the grades of all answers, each kept as a line of a JSONL file when it is there; continues one.
 
+    Args:
+        questions, answers, ask: as `grade`.
+        output: the file; each row also names its `judge`.
+        judge: name of the model behind `ask`.
+
     Raises:
+        DataError: the file holds grades by another judge.
         RunError: the file holds grades of other answers. And what `grade` raises.
     """
     rows = _begun(output)
+    if others := sorted({row.get("judge", "a judge it does not name") for row in rows} - {judge}):
+        raise DataError(
+            f"{output} holds grades by {', '.join(others)}, now the judge is {judge}: a score is of one judge, choose "
+            "another output"
+        )
     for row in rows:
         if row["answer"] != answers.get(row["question_id"], ("", ""))[row["turn"] - 1]:
             raise RunError(f"{output} holds grades of other answers: choose another output, or remove it")
     done = {(row["question_id"], row["turn"]) for row in rows}
     with output.open("a", encoding="utf-8") as file:
         for row in grade(questions, answers, ask, done=done):
+            row["judge"] = judge
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             rows.append(row)

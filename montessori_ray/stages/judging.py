@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from montessori_ray.artifacts.run import Run
 from montessori_ray.config import Judge
 from montessori_ray.errors import ModelError
 from montessori_ray.in_order import in_order
-from montessori_ray.stages.base import StageContext
+from montessori_ray.stages.base import AnySettings, Stage, StageContext
 from montessori_ray.synthesis.client import GenerationRequest
 
 if TYPE_CHECKING:
     from montessori_ray.evaluation.endpoint import Ask, Conversation, Reply
+
+JUDGES = ("evaluate.judge", "pair.judge")
+"""Settings of a judge; the stage that asks it has them."""
 
 ROWS_A_PART = 32
 """Rows committed together; a kill loses at most these and the ones in flight."""
@@ -33,6 +38,25 @@ def commit_parts(context: StageContext, rows: Iterator[dict[str, Any]], total: i
                 part = []
     finally:
         context.append(part)
+
+
+def require_keys(stages: Iterable[Stage], config: AnySettings, run: Run) -> None:
+    """Look for the keys of the judges that unfinished stages ask, which may be hours into the run.
+
+    Raises:
+        ConfigError: as `ChatEndpoint`.
+    """
+    asking = [(stage, name) for stage in stages for name in JUDGES if name in stage.settings]
+    for stage, name in asking:
+        if run.artifact(stage.output).manifest() is None:
+            _check_key(attrgetter(name)(stage.config or config))
+
+
+def _check_key(settings: Judge) -> None:
+    from montessori_ray.evaluation.endpoint import ChatEndpoint  # late: see stages/__init__.py
+
+    if settings.model != "pool":
+        ChatEndpoint(settings)
 
 
 def open_judge(context: StageContext, settings: Judge, *, model: int) -> Ask:

@@ -49,6 +49,7 @@ def test_mt_bench(tmp_path: Path) -> None:
     assert "turn 1       5.00" in printed
     assert "turn 2       6.00" in printed
     assert "2 answers graded, 0 without a rating" in printed
+    assert [json.loads(line)["judge"] for line in Path(files["grades"]).read_text().splitlines()] == ["judge"] * 2
     assert "a judge is either `pool`" in montessori(*command, "model=judge", status=2)
 
 
@@ -63,4 +64,6 @@ def test_alpaca_eval(tmp_path: Path) -> None:
     montessori("alpaca-eval", str(tmp_path / "run"), "--output", str(tmp_path / "outputs"))
     expected = {"instruction": "Why?", "output": "trained", "generator": "trained", "dataset": "held_out"}
     assert json.loads((tmp_path / "outputs/trained.json").read_text()) == [expected]
-    assert "does not exist yet" in montessori("alpaca-eval", str(tmp_path), "--output", str(tmp_path / "o"), status=2)
+    refused = montessori("alpaca-eval", str(tmp_path), "--output", str(tmp_path / "o"), status=2)
+    assert "final/answers_original does not exist yet: students answer only in runs with evaluate.judge" in refused
+    assert not (tmp_path / "o").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,19 @@ def test_finished_tasks_are_kept_and_other_settings_refused(model: Path, tmp_pat
     assert second["tasks"]["words"] == first["tasks"]["words"]
     with pytest.raises(RunError, match="results of another settings, words"):
         run_benchmarks(model, settings(tasks={"words": 3}, limit=5), output)
+
+
+def test_a_folder_trained_again_is_another_model(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "student"
+    shutil.copytree(model, folder)
+    output = folder / "results.json"  # which is no part of the model
+    first = run_benchmarks(folder, settings(), output)
+    assert run_benchmarks(folder, settings(), output) == first
+    trained = AutoModelForCausalLM.from_pretrained(folder)
+    torch.nn.init.normal_(trained.get_output_embeddings().weight)
+    trained.save_pretrained(folder)
+    with pytest.raises(RunError, match="results of another version of the model: choose another output"):
+        run_benchmarks(folder, settings(), output)
 
 
 def test_shots_are_shown_or_refused(model: Path, tmp_path: Path) -> None:

@@ -58,6 +58,16 @@ def test_the_second_turn_sees_the_first(questions: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(("longest", "refused"), [(10, "question 81, turn 1"), (30, "question 81, turn 2")])
+def test_a_servers_refusal_is_no_answer(questions: Path, longest: int, refused: str) -> None:
+    def short_of_context(conversations: Iterable[Conversation]) -> Iterator[Reply]:
+        for reply in assistant(conversations):
+            yield Reply("too many tokens", refused=True) if len(reply.text) > longest else reply
+
+    with pytest.raises(DataError, match=rf"{refused} \(too many tokens\): serve the model with a longer context"):
+        answer_questions(read_questions(questions), short_of_context)
+
+
 def test_grades_by_hand(questions: Path) -> None:
     asked = read_questions(questions)
     rows = list(grade(asked, answer_questions(asked, assistant), judge))
@@ -102,14 +112,28 @@ def test_grading_continues_where_it_was_stopped(questions: Path) -> None:
 def test_grades_are_kept_in_a_file_that_a_kill_may_cut(questions: Path, tmp_path: Path) -> None:
     asked = read_questions(questions)
     answers = answer_questions(asked, assistant)
-    whole = grade_to_file(asked, answers, judge, tmp_path / "whole.jsonl")
+    whole = grade_to_file(asked, answers, judge, tmp_path / "whole.jsonl", judge="counter")
     lines = (tmp_path / "whole.jsonl").read_text().splitlines()
     assert [json.loads(line)["rating"] for line in lines] == [3, 6, 5, 8, 5, 6]
+    assert {json.loads(line)["judge"] for line in lines} == {"counter"}
     (tmp_path / "cut.jsonl").write_text("\n".join(lines[:3]) + "\n" + lines[3][:20])
-    assert grade_to_file(asked, answers, judge, tmp_path / "cut.jsonl") == whole
+    assert grade_to_file(asked, answers, judge, tmp_path / "cut.jsonl", judge="counter") == whole
     assert (tmp_path / "cut.jsonl").read_text().splitlines() == lines
     with pytest.raises(RunError, match="grades of other answers"):
-        grade_to_file(asked, answers | {101: ("5", "7")}, judge, tmp_path / "cut.jsonl")
+        grade_to_file(asked, answers | {101: ("5", "7")}, judge, tmp_path / "cut.jsonl", judge="counter")
+
+
+def test_a_score_is_one_judges(questions: Path, tmp_path: Path) -> None:
+    asked, output = read_questions(questions), tmp_path / "grades.jsonl"
+    answers = answer_questions(asked, assistant)
+    grade_to_file(asked[:1], answers, judge, output, judge="counter")
+    begun = output.read_text()
+    with pytest.raises(DataError, match=r"grades by counter, now the judge is reader: .* choose another output"):
+        grade_to_file(asked, answers, judge, output, judge="reader")
+    assert output.read_text() == begun
+    output.write_text(begun.replace(', "judge": "counter"', ""))  # as earlier versions wrote it
+    with pytest.raises(DataError, match="grades by a judge it does not name"):
+        grade_to_file(asked, answers, judge, output, judge="counter")
 
 
 def test_answers_travel_in_mt_benchs_format(tmp_path: Path) -> None:
