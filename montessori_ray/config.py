@@ -664,6 +664,11 @@ class Config(Section):
                 "evaluate.judge has the trained student answer in vLLM, which is not given its adapter (student.lora): "
                 "leave one of the two out, or merge the adapter afterwards and judge that model"
             )
+        if self.compare and self.evaluate.judge:
+            raise ValueError(
+                "evaluate.judge is for one run's student: in a comparison no student answers, leave it out (an arm's "
+                "teacher may be tuned by a judge's grades, pair.signal=llm_judge)"
+            )
         if self.compare and self.evaluate.fresh <= self.synthesize.n:
             raise ValueError(
                 f"evaluate.fresh is {self.evaluate.fresh}: a comparison needs fresh instructions of at least two "

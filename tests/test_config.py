@@ -340,6 +340,10 @@ def test_wrong_settings_are_refused_by_name(tmp_path: Path, override: str, said:
             ["tune_teacher.tunes=response", "synthesize.responses.temperature=0"],
             "the 4 candidates .* would be one",
         ),
+        (
+            ["evaluate.judge={model: pool}", "compare={against: a, arms: {a: {}}}"],
+            r"evaluate\.judge is for one run's student: in a comparison no student answers",
+        ),
         (["student.lora={}", "evaluate.judge={model: pool}"], r"is not given its adapter \(student\.lora\)"),
     ],
 )

@@ -37,10 +37,16 @@ Ask = Callable[[Iterable[Conversation]], Iterator[Reply]]
 class ChatEndpoint:
     """A model behind an OpenAI-compatible endpoint, asked greedily.
 
-    Raises ConfigError when the environment variable that should hold the key does not exist.
+    Raises ConfigError when the model is the pool of a run, which is behind none, or when the environment variable that
+    should hold the key does not exist.
     """
 
     def __init__(self, settings: Judge) -> None:
+        if settings.base_url is None:
+            raise ConfigError(
+                f"model {settings.model} is in a run's teacher pool: outside of a run give a model's name and the "
+                "base_url of its OpenAI-compatible endpoint (`vllm serve` is one)"
+            )
         self._settings = settings
         key = settings.api_key_env
         if key is not None and not os.environ.get(key):

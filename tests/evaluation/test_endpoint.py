@@ -42,6 +42,11 @@ def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
         ChatEndpoint(settings(url, api_key_env="JUDGE_KEY"))
 
 
+def test_the_pool_is_no_endpoint() -> None:
+    with pytest.raises(ConfigError, match="model pool is in a run's teacher pool: outside of a run give"):
+        ChatEndpoint(Judge(model="pool"))
+
+
 def test_a_refused_conversation_is_a_reply_and_the_others_go_on() -> None:
     def refuse_long(messages: list[dict[str, str]]) -> str | tuple[int, str]:
         return (400, "longer than the context") if len(messages[0]["content"]) > 10 else "fine"
