@@ -41,7 +41,7 @@ class Stage:
     """Over all sessions."""
     rows_a_second: float | None
     peak_memory_gb: float | None
-    """On the driver's node, over what was in use before."""
+    """In use on the driver's node, by whatever program, over what was in use when the driver started."""
     cpu_hours: float
     """CPUs it held, as configured, times its time."""
     gpu_hours: float

@@ -34,7 +34,7 @@ class StageMonitor:
 
     def __init__(self, stage: str, board: Any, console: Console, events: EventLog, tracker: Tracker) -> None:
         self.peak_memory_gb = 0.0
-        """Most memory in use on the driver's node, over what was in use when the driver started."""
+        """`Manifest.peak_memory_gb`."""
         self._stage = stage
         self._board = board
         self._console = console

@@ -179,3 +179,13 @@ def test_a_late_answer_is_waited_for_since_its_points_are_handed_over_once(
     assert watched.told.logged == [(1, {"loss": 2.5})]
     watched.monitor._try_read()
     assert watched.asked == 2
+
+
+def test_memory_is_the_most_in_use_on_the_node_over_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    watched = Watched(monkeypatch, tmp_path, says(1))
+    monkeypatch.setattr(monitor_module, "MEMORY_AT_START", 3 * 10**9)
+    for available in (4, 1, 6):
+        memory = SimpleNamespace(total=8 * 10**9, available=available * 10**9)
+        monkeypatch.setattr(monitor_module, "psutil", SimpleNamespace(virtual_memory=lambda memory=memory: memory))
+        watched.monitor._try_read()
+    assert watched.monitor.peak_memory_gb == 4.0
