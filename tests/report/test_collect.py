@@ -180,6 +180,17 @@ def test_a_step_that_was_done_twice_counts_as_it_was_done_last(tmp_path: Path) -
     assert tuning.curves == {"loss": [(1.0, 0.7), (2.0, 0.5)]}, "a training that is not finished is shown too"
 
 
+def test_a_batch_without_a_loss_is_no_point_of_a_curve(tmp_path: Path) -> None:
+    """`sft_loop` reports NaN for a batch whose responses have no token."""
+    writer = loop_writer(tmp_path, "iterations=1")
+    writer.write("iteration_00/pair")
+    losses = [float("nan"), 0.6, float("inf"), 0.5]
+    points = [{"step": step, "loss": loss, "reward_margin": float("nan")} for step, loss in enumerate(losses, 1)]
+    EventLog(writer.run.storage).write("metrics", stage="iteration_00/tune_teacher", points=points)
+    (tuning,) = collect(Source(writer.run, writer.config, tuple(writer.stages))).tunings
+    assert tuning.curves == {"loss": [(2.0, 0.6), (4.0, 0.5)], "reward_margin": []}
+
+
 def test_filters(finished: tuple[RunWriter, Report]) -> None:
     _, report = finished
     assert len(report.syntheses) == 6
