@@ -19,6 +19,10 @@ WORK = {
     "score": "scoring influence",
     "score_fresh": "scoring influence",
     "tune_teacher": "tuning the teacher",
+    "grade": "answers and judging",
+    "answer_original": "answers and judging",
+    "answer_trained": "answers and judging",
+    "win_rate": "answers and judging",
     "evaluate": "evaluation",
     "measure_students": "evaluation",
 }
