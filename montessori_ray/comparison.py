@@ -31,12 +31,19 @@ from montessori_ray.loop import (
     score_bundles,
     stages_of,
 )
-from montessori_ray.stages import compare, score
+from montessori_ray.stages import compare, inputs, score
 from montessori_ray.stages import schemas as columns
 from montessori_ray.stages.base import Stage
 
 MEASURED_TOGETHER = ("score_fresh", "evaluate")
 """Stages of the loop that a comparison has once, for all arms."""
+
+IMPORTS = {
+    "reference": partial(inputs.import_reference, least=2),
+    "held_out": partial(inputs.import_held_out, least=2),
+}
+"""Kind -> body of the stages that import the rows all students are measured on: with fewer there is no interval, which
+`compare/result` would say after everything is trained."""
 
 RESULT = "compare/result"
 
@@ -152,6 +159,7 @@ class _Shared:
             stage,
             name=folder + stage.name,
             output=folder + stage.output,
+            body=IMPORTS.get(stage.kind, stage.body),
             inputs=inputs,
             teacher=lies[stage.teacher] if stage.teacher else None,
             config=cell.config,

@@ -97,6 +97,17 @@ def test_overlap_and_too_few_seeds(tmp_path: Path) -> None:
     assert "a few-shot prompt shows 8" in refused(tmp_path / "b", f"data.seeds.path={path}")
 
 
+def test_a_comparison_of_one_row_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    """Its result would have no interval, and say so after everything is trained."""
+    arms = "compare={against: a, arms: {a: {tune_teacher.tunes: nothing}, b: {}}}"
+    for role in ("reference", "held_out"):
+        run = tmp_path / role
+        said = refused(run, arms, f"data.{role}.rows=1", command="compare")
+        assert f"data.{role} has 1 row, a comparison needs 2 or more" in said
+        assert not (run / "inputs" / role).exists()
+        assert not (run / "inputs/teacher").exists()
+
+
 def test_model_without_weights_tokenizer_template_or_context(tmp_path: Path, tiny_model: Path) -> None:
     def broken(name: str) -> Path:
         folder = tmp_path / name

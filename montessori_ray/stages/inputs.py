@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from itertools import islice
 from typing import Any
 
@@ -30,21 +30,32 @@ def import_seeds(context: StageContext) -> dict[str, Any]:
     return _store(context, rows)
 
 
-def import_reference(context: StageContext[AnySettings]) -> dict[str, Any]:
-    """Reference rows into `inputs/reference`."""
+def import_reference(context: StageContext[AnySettings], *, least: int = 1) -> dict[str, Any]:
+    """Reference rows into `inputs/reference`; refused where they are fewer than `least`."""
     from montessori_ray.data import read_rows  # late: see stages/__init__.py
 
-    return _store(context, list(read_rows("reference", context.config.data.reference, needs_response=True)))
+    rows = list(read_rows("reference", context.config.data.reference, needs_response=True))
+    _require_rows("reference", rows, least)
+    return _store(context, rows)
 
 
-def import_held_out(context: StageContext) -> dict[str, Any]:
-    """Held-out rows into `inputs/held_out`, disjoint from the reference set."""
+def import_held_out(context: StageContext, *, least: int = 1) -> dict[str, Any]:
+    """Held-out rows into `inputs/held_out`, disjoint from the reference set; refused where fewer than `least`."""
     from montessori_ray.data import read_rows, require_disjoint  # late: see stages/__init__.py
 
     rows = list(read_rows("held_out", context.config.data.held_out, needs_response=True))
+    _require_rows("held_out", rows, least)
     reference = context.input(0).column("instruction")
     require_disjoint("held-out", [row["instruction"] for row in rows], "reference", reference)
     return _store(context, rows)
+
+
+def _require_rows(role: str, rows: Sized, least: int) -> None:
+    if len(rows) < least:
+        raise DataError(
+            f"data.{role} has {len(rows)} row, a comparison needs {least} or more, since a difference of one row has "
+            "no interval: add rows"
+        )
 
 
 def import_examples(context: StageContext[ScoreFiles]) -> dict[str, Any]:
