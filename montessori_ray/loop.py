@@ -401,7 +401,7 @@ def run_stages(config: AnySettings, stages: Sequence[Stage], chosen: Sequence[St
             require_inputs(stage, stages, session.run, coming={other.output for other in unfinished})
         if unfinished:
             measured = [session.run.artifact(stage.output) for stage in stages if stage.output in (REFERENCE, HELD_OUT)]
-            inputs.require_responses(config, session.run.artifact(STUDENT), measured)
+            inputs.require_measurable(config, session.run.artifact(STUDENT), measured)
             nodes = session.connect()
             require_shared(session.run, nodes)
             for stage in unfinished:

@@ -110,6 +110,16 @@ def test_a_row_without_room_for_its_response_is_named_before_anything_is_written
     assert not (tmp_path / "run/iteration_00").exists()
 
 
+def test_a_comparison_of_one_row_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    """Its result would have no interval, and say so after everything is trained."""
+    arms = "compare={against: a, arms: {a: {tune_teacher.tunes: nothing}, b: {}}}"
+    for role in ("reference", "held_out"):
+        run = tmp_path / role
+        settings = [f"data.{role}.rows=1", "student.drop_layers=[]"]
+        assert f"inputs/{role} has one row, a comparison needs two" in refused(run, arms, *settings, command="compare")
+        assert not (run / "iteration_00").exists()
+
+
 def test_model_without_weights_tokenizer_template_or_context(tmp_path: Path, tiny_model: Path) -> None:
     def broken(name: str) -> Path:
         folder = tmp_path / name

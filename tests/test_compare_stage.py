@@ -70,7 +70,7 @@ def run(tmp_path: Path) -> Run:
     for arm in ("before", "after"):
         texts = [f"Say {arm} number {number}." for number in range(3)]
         put(run, f"{arm}/instructions", [{"instruction": text, "status": "kept"} for text in texts]
-            + [{"instruction": texts[0], "status": "duplicate"}], columns.INSTRUCTIONS)  # fmt: skip
+            + [{"instruction": texts[0], "status": "duplicate"}], columns.INSTRUCTIONS, kept=3)  # fmt: skip
         put(run, f"{arm}/responses", [{"response": "ok", "num_tokens": 7, "finish_reason": "stop"}], columns.RESPONSES)
         put(run, f"{arm}/training_set", [{"example_id": "a"}], columns.EXAMPLES, tokens=11)
     return run
@@ -114,6 +114,23 @@ def test_data_of_each_arm(run: Run) -> None:
     assert (data["training_rows"], data["training_tokens"]) == ([1], [11])
     assert data["fresh"]["duplicate_rate"] == 0.25
     assert data["fresh"]["overlap"]["held_out"] == {"exact": 0, "near": 0}
+
+
+def test_variety_is_of_each_teacher_on_as_many_texts_as_every_one_has(run: Run) -> None:
+    """Both teachers write the same: pooled, every text of theirs would be there twice."""
+    texts = ["Name a bird.", "Why is it?", "Who was she?", "List two seas."]
+    for number in (0, 1):
+        rows = [{"instruction": text, "status": "kept"} for text in texts]
+        put(run, f"teacher_{number}", rows, columns.INSTRUCTIONS, kept=4)
+    tuned = [
+        replace(CELLS[2 + number], tuning_seed=number, fresh_instructions=f"teacher_{number}") for number in (0, 1)
+    ]
+    cells = [*(replace(cell, tuning_seed=number) for number, cell in enumerate(CELLS[:2])), *tuned]
+    told = context(run, "result", columns.COMPARISON, ("losses", "influence", "reference", "held_out"))
+    data = compare(told, cells=cells, against="before")["data"]
+    assert [data[arm]["fresh"]["instructions"]["sampled"] for arm in ("before", "after")] == [3, 3]
+    assert data["after"]["fresh"]["instructions"]["self_rouge_l"] == 0
+    assert data["after"]["fresh"]["kept"] == 8, "all but variety is of all teachers together"
 
 
 def test_fresh_examples_of_several_teachers_keep_apart(run: Run) -> None:

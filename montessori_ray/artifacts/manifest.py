@@ -89,7 +89,8 @@ class Manifest(BaseModel):
     seconds: float
     """Seconds worked on it, over all sessions."""
     peak_memory_gb: float | None = None
-    """Largest resident memory of all processes of the run on the driver's node while the stage ran, gigabytes."""
+    """Most memory in use on the driver's node while the stage ran, by whatever program, over what was in use when the
+    driver started; gigabytes. Looked at twice a second."""
     versions: dict[str, str]
     """Versions of Python and the libraries."""
     details: dict[str, Any] = {}

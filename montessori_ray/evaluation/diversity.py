@@ -1,7 +1,7 @@
 """What synthesized data is like: how long, how varied, what the filters rejected, and whether it leaks.
 
-Measures of variety fall as a corpus grows, so they are taken on a sample of fixed size: compare two sets only where
-`sampled` is the same number in both.
+Measures of variety fall as a corpus grows, so they are taken on a sample of fixed size, of each teacher by itself:
+compare two sets only where `sampled` is the same number in both.
 """
 
 from __future__ import annotations
@@ -34,30 +34,37 @@ Row = Mapping[str, Any]
 
 
 def describe_data(
-    instructions: Iterable[Row],
+    instructions: Iterable[Sequence[Row]],
     responses: Iterable[Row],
     others: Mapping[str, Sequence[str]],
     *,
     sample: int = SAMPLE,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Everything this file measures, of one teacher's samples and the answers to them.
+    """Everything this file measures, of teachers' samples and the answers to them: variety as the mean over teachers,
+    all else of their samples together.
 
     Args:
-        instructions: rows of every sample, rejected ones too (schema INSTRUCTIONS).
+        instructions: of each teacher, rows of every sample, rejected ones too (schema INSTRUCTIONS).
         responses: rows of the answers (schema RESPONSES).
         others: name -> instructions the data must not repeat: the reference and the held-out set.
-        sample: instructions that variety is measured on.
+        sample: instructions of each teacher that variety is measured on.
         seed: seed of that sample.
 
     Raises:
-        DataError: no instruction was kept, or there is no response.
+        DataError: a teacher kept no instruction, or there is no response.
     """
-    rows = list(instructions)
-    kept = [row["instruction"] for row in rows if row["status"] == KEPT]
+    by_teacher = list(instructions)
+    rows = list(chain.from_iterable(by_teacher))
+    kept_by_teacher = [[row["instruction"] for row in samples if row["status"] == KEPT] for samples in by_teacher]
+    kept = list(chain.from_iterable(kept_by_teacher))
     return {
         **rejections(row["status"] for row in rows),
-        "instructions": {**lengths(kept), **variety(kept, sample=sample, seed=seed), **first_words(kept)},
+        "instructions": {
+            **lengths(kept),
+            **mean_variety(kept_by_teacher, sample=sample, seed=seed),
+            **first_words(kept),
+        },
         "responses": response_lengths(responses),
         "overlap": {name: overlap(kept, texts) for name, texts in others.items()},
     }
@@ -118,6 +125,23 @@ def variety(texts: Sequence[str], *, sample: int = SAMPLE, seed: int = 0) -> dic
     }
 
 
+def mean_variety(
+    by_teacher: Sequence[Sequence[str]], *, sample: int = SAMPLE, seed: int = 0
+) -> dict[str, float | None]:
+    """Mean over teachers of the `variety` of each one's texts, on equally many of them.
+
+    Pooled, the texts of several teachers would be more, and so look less varied than those of one.
+
+    Returns:
+        As `variety`; `sampled`: texts of each teacher; a measure that one of them has not is None.
+    """
+    size = min(sample, *(_need(len(texts), "text") for texts in by_teacher))
+    found = [variety(texts, sample=size, seed=seed) for texts in by_teacher]
+    return {"sampled": size} | {
+        name: _mean([measured[name] for measured in found]) for name in ("distinct_1", "distinct_2", "self_rouge_l")
+    }
+
+
 def first_words(texts: Sequence[str]) -> dict[str, Any]:
     """What is asked for, by the first word, which is the verb of most instructions.
 
@@ -144,6 +168,12 @@ def overlap(texts: Sequence[str], others: Sequence[str], *, rouge_l: float = 0.7
     exact = [normalised(text) in same for text in texts]
     near = [found or similar.is_duplicate(text) for found, text in zip(exact, texts, strict=True)]
     return {"exact": sum(exact), "near": sum(near)}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None where one of them is."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if len(known) == len(values) else None
 
 
 def _share_distinct(items: Sequence[Any]) -> float | None:

@@ -51,6 +51,9 @@ class Data:
     parse_rate: float
     duplicate_rate: float
     self_rouge_l: float | None
+    """Of each teacher's instructions, the mean over teachers."""
+    sampled: int
+    """Instructions of each teacher that it was measured on."""
     answer_tokens: float
     kept: int
     """Fresh instructions that passed the filters."""
@@ -99,6 +102,7 @@ def arms(source: Source) -> Arms | None:
         Data(
             arm=arm, parse_rate=told["fresh"]["parse_rate"], duplicate_rate=told["fresh"]["duplicate_rate"],
             self_rouge_l=told["fresh"]["instructions"]["self_rouge_l"],
+            sampled=told["fresh"]["instructions"]["sampled"],
             answer_tokens=told["fresh"]["responses"]["tokens"],
             kept=told["fresh"]["kept"], near_reference=told["fresh"]["overlap"]["reference"]["near"],
             near_held_out=told["fresh"]["overlap"]["held_out"]["near"],
@@ -221,7 +225,19 @@ def _data(data: Sequence[Data]) -> Markup:
         "near a held-out row", "training rows", "training tokens",
     )  # fmt: skip
     note = (
-        "What the teachers write afresh, and how much the students trained on. No set takes in an example near a "
-        "reference row; held-out rows are read by no stage before the students are measured on them."
+        f"What the teachers write afresh, and how much the students trained on. {_said_of_variety(data)} No set takes "
+        "in an example near a reference row; held-out rows are read by no stage before the students are measured on "
+        "them."
     )
     return join([paragraph(note, kind="note"), table(heads, rows, numbers=range(1, len(heads)))])
+
+
+def _said_of_variety(data: Sequence[Data]) -> str:
+    """What self-ROUGE-L is of; a result of an earlier version has it of all teachers' instructions together."""
+    said = say_counts([arm.sampled for arm in data])
+    if len({arm.sampled for arm in data}) > 1:
+        return f"Self-ROUGE-L is of samples of unequal size ({said} instructions): do not compare it between arms."
+    return (
+        f"Self-ROUGE-L, lower where instructions vary more, is of {said} instructions of each teacher, and the mean "
+        "over an arm's teachers."
+    )

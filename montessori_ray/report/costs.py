@@ -19,6 +19,10 @@ WORK = {
     "score": "scoring influence",
     "score_fresh": "scoring influence",
     "tune_teacher": "tuning the teacher",
+    "grade": "answers and judging",
+    "answer_original": "answers and judging",
+    "answer_trained": "answers and judging",
+    "win_rate": "answers and judging",
     "evaluate": "evaluation",
     "measure_students": "evaluation",
 }
@@ -41,7 +45,7 @@ class Stage:
     """Over all sessions."""
     rows_a_second: float | None
     peak_memory_gb: float | None
-    """On the driver's node, over what was in use before."""
+    """In use on the driver's node, by whatever program, over what was in use when the driver started."""
     cpu_hours: float
     """CPUs it held, as configured, times its time."""
     gpu_hours: float

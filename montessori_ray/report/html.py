@@ -15,7 +15,7 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from montessori_ray.report.colours import css_variables
-from montessori_ray.report.words import tied
+from montessori_ray.report.words import tied, xml_text
 
 Cell = str | Markup
 """A cell of a table."""
@@ -51,7 +51,7 @@ def page(title: str, lead: Markup, sections: Sequence[Section]) -> str:
         Markup('<section id="{}"><h2>{}</h2>{}</section>').format(section.id, section.title, section.body)
         for section in sections
     )
-    return Markup(
+    whole = Markup(
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title}</title>\n'
         "<style>{style}</style>\n</head>\n<body>\n<main>\n<header><h1>{title}</h1>{lead}</header>\n"
@@ -59,6 +59,7 @@ def page(title: str, lead: Markup, sections: Sequence[Section]) -> str:
     ).format(
         title=title, style=Markup(style), lead=lead, contents=contents, body=body, script=Markup(_text("page.js"))
     )  # fmt: skip
+    return xml_text(whole)
 
 
 def paragraph(*parts: Cell, kind: str = "") -> Markup:

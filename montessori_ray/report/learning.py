@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from montessori_ray.report.plots import MAX_POINTS, thinned
@@ -21,7 +22,7 @@ class Training:
     """Name of the stage, e.g. `iteration_00/warm_up`."""
     place: str
     curves: dict[str, Points]
-    """Metric -> its points; of a long training, means of neighbouring steps."""
+    """Metric -> its points that are numbers; of a long training, means of neighbouring steps."""
     details: dict[str, Any]
     """What the training says at its end."""
 
@@ -71,8 +72,14 @@ def trainings(source: Source, *kinds: str) -> list[Training]:
 
 
 def _curve(values: dict[float, float]) -> Points:
-    """In the order of steps; a step that was done again after a kill counts as it was done last."""
-    steps, thin = thinned(sorted(values.items()), MAX_POINTS)
+    """In the order of steps; a step that was done again after a kill counts as it was done last.
+
+    A batch without a response token has no loss (NaN), which cannot be drawn and would make its neighbours' mean none.
+    """
+    finite = sorted((step, value) for step, value in values.items() if isfinite(value))
+    if not finite:
+        return []
+    steps, thin = thinned(finite, MAX_POINTS)
     return list(zip(steps, thin, strict=True))
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from montessori_ray.report.colours import STAND_INS
 from montessori_ray.report.svg import axes, inline_svg
-from montessori_ray.report.words import Scale, number, ticks
+from montessori_ray.report.words import Scale, number, ticks, xml_text
 
 NO_SCALE = Scale()
 
@@ -294,7 +294,8 @@ def _zero_line(drawn: Axes, amount: int) -> None:
 def _finish_rows(drawn: Axes, labels: Sequence[str], notes: Sequence[str], scale: Scale, xlabel: str) -> None:
     """Words above the marks of each row, and the axis below the last one."""
     across: Any = drawn.get_yaxis_transform()
-    for position, (label, note) in enumerate(zip(labels, notes, strict=True)):
+    words = [(xml_text(label), xml_text(note)) for label, note in zip(labels, notes, strict=True)]
+    for position, (label, note) in enumerate(words):
         drawn.text(0, -position + 0.26, label, transform=across, va="baseline", color=STAND_INS["ink"])
         drawn.text(1, -position + 0.26, note, transform=across, va="baseline", ha="right", color=STAND_INS["muted"])
     drawn.set_ylim(-len(labels) + 0.62, 0.62)

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from montessori_ray.report.colours import STAND_INS
+from montessori_ray.report.words import xml_text
 
 WIDTH = 420
 """Width of every plot in its own units; a phone shows them at 0.85 pixels a unit, a desktop at 1.2."""
@@ -42,6 +43,7 @@ _STYLE: dict[Any, Any] = {
     "grid.color": STAND_INS["line"],
     "grid.linewidth": 0.6,
     "text.color": STAND_INS["ink"],
+    "text.parse_math": False,
     "xtick.color": STAND_INS["line"],
     "ytick.color": STAND_INS["line"],
     "xtick.labelcolor": STAND_INS["muted"],
@@ -81,7 +83,7 @@ def inline_svg(
     root.remove(_child(root, "defs"))  # a style rule for everything, which would reach the whole page
     for group, texts in (tips or {}).items():
         for mark, text in zip(marks(root, group), texts, strict=True):
-            ElementTree.SubElement(mark, f"{{{_SVG}}}title").text = text
+            ElementTree.SubElement(mark, f"{{{_SVG}}}title").text = xml_text(text)
     _describe(root, name, title, description)
     for element in root.iter():
         element.attrib.update({key: _own_id(_themed(value), key, name) for key, value in element.items()})
@@ -116,7 +118,7 @@ def _describe(root: ElementTree.Element, name: str, title: str, description: str
     root.set("aria-labelledby", f"{name}.title {name}.desc")
     for position, (tag, text) in enumerate((("title", title), ("desc", description))):
         element = ElementTree.Element(f"{{{_SVG}}}{tag}", id=tag)
-        element.text = text
+        element.text = xml_text(text)
         root.insert(position, element)
 
 

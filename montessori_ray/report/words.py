@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor, isfinite, log10
@@ -10,6 +11,7 @@ NONE = "\u2013"
 """Where there is no number."""
 
 _MINUS, _TIMES = "\u2212", "\u00d7"
+_NOT_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -113,6 +115,11 @@ def tied(text: str) -> str:
     for sign in ("±", _TIMES):
         text = text.replace(f" {sign} ", f"\u00a0{sign}\u00a0")
     return text.replace(" %", "\u00a0%")
+
+
+def xml_text(text: str) -> str:
+    """A text without the characters that XML does not allow: most control characters, and halves of surrogate pairs."""
+    return _NOT_XML.sub("", text)
 
 
 def listed(parts: list[str]) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from montessori_ray.evaluation import fresh
-from montessori_ray.evaluation.diversity import describe_data
+from montessori_ray.evaluation.diversity import SAMPLE, describe_data
 from montessori_ray.evaluation.fresh import Groups
 from montessori_ray.evaluation.statistics import (
     Interval,
@@ -81,10 +82,11 @@ def compare(context: StageContext, *, cells: Sequence[CellOutputs], against: str
             rows.append(row | {"category": category})
         rows.append(_fresh_row(arm, own, by_arm[against], influence))
     context.append(rows)
+    sample = _sample(context, cells)
     return {
         "against": against,
         "measures": rows,
-        "data": {arm: _data(context, own) for arm, own in by_arm.items()},
+        "data": {arm: _data(context, own, sample) for arm, own in by_arm.items()},
     }
 
 
@@ -159,17 +161,26 @@ def _row(arm: str, measure: str, value: Interval, difference: Interval | None, m
     return row
 
 
-def _data(context: StageContext, cells: list[CellOutputs]) -> dict[str, Any]:
+def _sample(context: StageContext, cells: Sequence[CellOutputs]) -> int:
+    """Instructions of each teacher that variety is measured on: as many as every teacher of every arm has."""
+    written = (context.run.artifact(cell.fresh_instructions).require() for cell in cells)
+    return min(SAMPLE, *(int(manifest.details["kept"]) for manifest in written))
+
+
+def _data(context: StageContext, cells: list[CellOutputs], sample: int) -> dict[str, Any]:
     """What the arm's teachers write afresh (rejections, variety, lengths), and how much its students saw."""
 
-    def rows(names: Iterable[str]) -> list[dict[str, Any]]:
-        return [row for name in dict.fromkeys(names) for row in context.run.artifact(name).rows()]
+    def rows(names: Iterable[str]) -> list[list[dict[str, Any]]]:
+        return [list(context.run.artifact(name).rows()) for name in dict.fromkeys(names)]
 
     others = {name: context.input(2 + position).column("instruction") for position, name in enumerate(SETS)}
     sets = [context.run.artifact(name).require() for name in dict.fromkeys(cell.training_set for cell in cells)]
     return {
         "fresh": describe_data(
-            rows(cell.fresh_instructions for cell in cells), rows(cell.fresh_responses for cell in cells), others
+            rows(cell.fresh_instructions for cell in cells),
+            chain.from_iterable(rows(cell.fresh_responses for cell in cells)),
+            others,
+            sample=sample,
         ),
         "training_rows": [manifest.rows for manifest in sets],
         "training_tokens": [manifest.details["tokens"] for manifest in sets],

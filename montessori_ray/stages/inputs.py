@@ -100,16 +100,19 @@ def import_student(context: StageContext[AnySettings]) -> dict[str, Any]:
     )
 
 
-def require_responses(config: AnySettings, student: Artifact, sets: Iterable[Artifact]) -> None:
-    """Refuse rows of which `student.max_length` leaves no token of the response: their loss cannot be measured.
+def require_measurable(config: AnySettings, student: Artifact, sets: Iterable[Artifact]) -> None:
+    """Refuse rows of which `student.max_length` leaves no token of the response, since they have no loss, and for a
+    comparison a set of one row, since a difference of one row has no interval.
 
     Raises:
-        DataError: names the set and the row.
+        DataError: names the set, and the row.
     """
     from montessori_ray.training.chat import ChatFormat  # late: see stages/__init__.py
 
     chat = ChatFormat.load(student.model_path(), config.student.chat_template, config.student.max_length)
     for rows in sets:
+        if isinstance(config, Config) and config.compare and rows.count() < 2:
+            raise DataError(f"{rows.name} has one row, a comparison needs two or more for an interval: add rows")
         for row in rows.rows(["example_id", "instruction", "response"]):
             if not chat.encode(row["instruction"], row["response"]).response_tokens:
                 raise DataError(

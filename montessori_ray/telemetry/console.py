@@ -143,7 +143,7 @@ def stage_entry(stage: Stage, state: str, width: int) -> str:
 
 
 def stage_table(manifests: Sequence[tuple[Stage, Manifest]]) -> Table:
-    """What each finished stage made, how long it took and the most memory it used."""
+    """What each finished stage made, how long it took and the most memory in use meanwhile."""
     table = Table(title="Stages", box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("stage", overflow="fold")
     for name in ("rows", "time", "peak GB"):

@@ -9,7 +9,15 @@ import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
 from montessori_ray.errors import DataError
-from montessori_ray.evaluation.diversity import describe_data, first_words, lengths, overlap, rejections, variety
+from montessori_ray.evaluation.diversity import (
+    describe_data,
+    first_words,
+    lengths,
+    mean_variety,
+    overlap,
+    rejections,
+    variety,
+)
 
 REFERENCE = RougeScorer(["rougeL"], use_stemmer=False)
 
@@ -42,6 +50,18 @@ def test_variety_is_measured_on_as_many_texts_whatever_their_number() -> None:
     assert variety(texts, sample=50)["sampled"] == 50
     assert variety(texts, sample=50) == variety(texts, sample=50)
     assert variety(texts, sample=50) != variety(texts, sample=50, seed=1)
+
+
+def test_variety_of_several_teachers_is_that_of_each() -> None:
+    one, other = sentences(60), sentences(80)[::-1]
+    found = mean_variety([one, other], sample=50)
+    each = [variety(texts, sample=50) for texts in (one, other)]
+    assert found["sampled"] == 50
+    for name in ("distinct_1", "distinct_2", "self_rouge_l"):
+        assert found[name] == pytest.approx(fmean(measured[name] or 0.0 for measured in each))
+    assert mean_variety([one]) == variety(one)
+    assert mean_variety([one, other])["sampled"] == len(one), "as many of each as the one with fewest has"
+    assert mean_variety([["Why?", "Who?"], ["Name a bird.", "Name it."]])["distinct_2"] is None
 
 
 def test_lengths_by_hand() -> None:
@@ -88,10 +108,25 @@ def test_all_of_one_teacher() -> None:
         {"response": "A wren.", "num_tokens": 3, "finish_reason": "stop"},
         {"response": "Light scatters and", "num_tokens": 8, "finish_reason": "length"},
     ]
-    found = describe_data(instructions, responses, {"held_out": ["why is the sky blue?"], "reference": ["Name a sea."]})
+    others = {"held_out": ["why is the sky blue?"], "reference": ["Name a sea."]}
+    found = describe_data([instructions], responses, others)
     assert (found["parse_rate"], found["duplicate_rate"], found["kept"]) == (0.75, 0.25, 2)
     assert (found["responses"]["tokens"], found["responses"]["truncated"]) == (5.5, 0.5)
     assert found["overlap"] == {"held_out": {"exact": 1, "near": 1}, "reference": {"exact": 0, "near": 0}}
     assert found["instructions"]["sampled"] == 2
     with pytest.raises(DataError, match="no text to measure"):
-        describe_data(instructions[2:3], responses, {})
+        describe_data([instructions[2:3]], responses, {})
+
+
+def test_all_of_several_teachers() -> None:
+    """Variety is of each teacher, all else of both together."""
+
+    def written(*texts: str) -> list[dict[str, str]]:
+        return [{"status": "kept", "instruction": text} for text in texts]
+
+    responses = [{"response": "A wren.", "num_tokens": 3, "finish_reason": "stop"}]
+    one, other = written("Name a bird.", "Why is it?"), written("Name a bird.", "Who was she?", "List two seas.")
+    found = describe_data([one, other], responses, {"reference": ["Name a bird."]}, sample=2)
+    assert (found["kept"], found["overlap"]["reference"]["exact"]) == (5, 2)
+    assert found["instructions"]["first_words"]["name"] == 2 / 5
+    assert (found["instructions"]["sampled"], found["instructions"]["self_rouge_l"]) == (2, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
 ARMS = {"self_instruct": {"tune_teacher.tunes": "nothing"}, "montessori": {}, "shuffled_labels": {}}
 DATA = {
     "fresh": {
-        "parse_rate": 0.99, "duplicate_rate": 0.02, "instructions": {"self_rouge_l": 0.41},
+        "parse_rate": 0.99, "duplicate_rate": 0.02, "instructions": {"self_rouge_l": 0.41, "sampled": 131},
         "responses": {"tokens": 40.2}, "kept": 256,
         "overlap": {"reference": {"exact": 1, "near": 3}, "held_out": {"exact": 0, "near": 0}},
     },
@@ -78,10 +79,18 @@ def test_every_difference_is_drawn_and_told(tmp_path: Path) -> None:
         "0 of 256",
         "4,000",
         "2.40 to 3.15",
+        "is of 131 instructions of each teacher",
         "facts",
         "0.1234",
     ):
         assert said in text, said
+
+
+def test_variety_of_unequal_samples_is_not_to_be_compared(tmp_path: Path) -> None:
+    found = arms(source(tmp_path))
+    assert found is not None
+    body = str(section(replace(found, data=[found.data[0], replace(found.data[1], sampled=393)])))
+    assert "of unequal size (131 to 393 instructions): do not compare it" in body
 
 
 def test_a_page_of_a_comparison_begins_with_its_sentences(tmp_path: Path) -> None:

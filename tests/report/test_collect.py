@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from montessori_ray.comparison import stages_of_comparison
+from montessori_ray.config import Config, load_config
+from montessori_ray.loop import stages_of
 from montessori_ray.report import results, scores
 from montessori_ray.report.collect import Report, collect
-from montessori_ray.report.costs import OUTSIDE
+from montessori_ray.report.costs import OUTSIDE, WORK
 from montessori_ray.report.source import Source, arm_of, place
 from montessori_ray.telemetry.events import EventLog
-from tests.report.synthetic import RunWriter, comparison_writer, loop_writer, scores_writer
+from tests.report.synthetic import QUICKSTART, RunWriter, comparison_writer, loop_writer, scores_writer
 
 
 def report_of(writer: RunWriter, until: str | None = None) -> Report:
@@ -180,6 +183,17 @@ def test_a_step_that_was_done_twice_counts_as_it_was_done_last(tmp_path: Path) -
     assert tuning.curves == {"loss": [(1.0, 0.7), (2.0, 0.5)]}, "a training that is not finished is shown too"
 
 
+def test_a_batch_without_a_loss_is_no_point_of_a_curve(tmp_path: Path) -> None:
+    """`sft_loop` reports NaN for a batch whose responses have no token."""
+    writer = loop_writer(tmp_path, "iterations=1")
+    writer.write("iteration_00/pair")
+    losses = [float("nan"), 0.6, float("inf"), 0.5]
+    points = [{"step": step, "loss": loss, "reward_margin": float("nan")} for step, loss in enumerate(losses, 1)]
+    EventLog(writer.run.storage).write("metrics", stage="iteration_00/tune_teacher", points=points)
+    (tuning,) = collect(Source(writer.run, writer.config, tuple(writer.stages))).tunings
+    assert tuning.curves == {"loss": [(2.0, 0.6), (4.0, 0.5)], "reward_margin": []}
+
+
 def test_filters(finished: tuple[RunWriter, Report]) -> None:
     _, report = finished
     assert len(report.syntheses) == 6
@@ -205,6 +219,27 @@ def test_time_and_cost(finished: tuple[RunWriter, Report]) -> None:
     assert cost.gpu_hours == 0
     assert cost.sessions == 1
     assert cost.peak_memory_gb == 4.0
+
+
+def test_every_kind_of_stage_is_the_work_it_does() -> None:
+    """A kind that is missing in `WORK` would count as work on data."""
+    judge = {"model": "pool"}
+    judged = load_config(QUICKSTART).model_dump() | {"evaluate": {"fresh": 16, "judge": judge}}
+    arms = {
+        "self_instruct": {"tune_teacher.tunes": "nothing", "training_select": "most_helpful"},
+        "montessori": {"pair.signal": "llm_judge", "pair.judge": judge},
+        "responses": {"tune_teacher.tunes": "response"},
+    }
+    compared = Config.model_validate(judged | {"compare": {"arms": arms, "against": "self_instruct"}})
+    kinds = {stage.kind for stage in [*stages_of(Config.model_validate(judged)), *stages_of_comparison(compared)]}
+    assert kinds - WORK.keys() == {
+        "seeds", "reference", "held_out", "teacher", "student", "warmup_set", "probing_set", "fresh_set", "pair",
+        "training_set", "result",
+    }  # fmt: skip
+    assert WORK.keys() - kinds == set()
+    assert {kind for kind, work in WORK.items() if "judg" in work} == {
+        "grade", "answer_original", "answer_trained", "win_rate",
+    }  # fmt: skip
 
 
 def test_an_unfinished_run_is_reported_as_far_as_it_got(tmp_path: Path) -> None:

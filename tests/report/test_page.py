@@ -6,6 +6,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from markupsafe import Markup
@@ -15,7 +16,10 @@ from montessori_ray.cli import app
 from montessori_ray.loop import run_loop
 from montessori_ray.report.html import Section, bar_cell, figure, page, paragraph, table, tiles
 from montessori_ray.report.run_page import SECTIONS
+from montessori_ray.report.words import xml_text
 from montessori_ray.report.write import write_report
+from montessori_ray.telemetry.events import EventLog
+from tests.report import synthetic
 from tests.report.synthetic import HOSTILE, RunWriter, comparison_writer, loop_writer, scores_writer
 
 VOID = {"meta", "input", "br", "link", "img"}
@@ -141,6 +145,23 @@ def test_a_comparison_tells_arms_apart(tmp_path: Path) -> None:
     assert len(document.ids) == len(set(document.ids))
     (loss,) = re.findall(r"<h3>DPO loss</h3>(.*?)</ul>", text)
     assert re.findall(r"</i>([^<]+)", loss) == ["montessori", "shuffled labels", "responses"]
+
+
+def test_a_bad_value_does_not_cost_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synthetic, "CATEGORIES", ("list\x0bs", "$x^$", "facts"))
+    monkeypatch.setattr(synthetic, "HOSTILE", "Ring the \x07bell.")
+    writer = loop_writer(tmp_path, "iterations=1")
+    writer.write()
+    points = [{"step": 20, "loss": float("nan")}]
+    EventLog(writer.run.storage).write("metrics", stage="final/train_student", points=points)
+    text = Path(write_report(writer.run, writer.config, writer.stages)).read_text(encoding="utf-8")
+    plots = {found[1]: found[0] for found in re.finditer(r'<svg[^>]* data-plot="([^"]+)".*?</svg>', text, flags=re.S)}
+    for plot in plots.values():
+        ElementTree.fromstring(plot)
+    assert ">lists (8)<" in plots["categories"]
+    assert ">$x^$ (8)<" in plots["categories"]
+    assert "Ring the bell." in text
+    assert xml_text(text) == text
 
 
 def test_numbers_that_are_none_are_null(tmp_path: Path) -> None:

@@ -172,6 +172,20 @@ def test_tips_are_text() -> None:
     assert marks(parse(svg), "bar")[0].findtext(f"{SVG}title") == '<b> & id="x" url(#y): #fe00fd'
 
 
+def test_labels_are_drawn_whatever_they_hold() -> None:
+    """A category may hold a control character that XML forbids, or what looks like a formula."""
+    labels = ["list\x0bs\x00", "$x^$", "a <b> & c"]
+    rows = [plots.Interval(label=label, mean=1, low=0, high=2, note=label) for label in labels]
+    drawn = parse(plots.forest("f", "F\x01", rows, xlabel="x"))
+    assert text_of(drawn)[-6:] == ["lists", "lists", "$x^$", "$x^$", "a <b> & c", "a <b> & c"]
+    assert drawn.findtext(f"{SVG}title") == "F"
+    assert [element.findtext(f"{SVG}title") for element in marks(drawn, "dot")] == [
+        "lists: 1",
+        "$x^$: 1",
+        f"{labels[2]}: 1",
+    ]
+
+
 def _each(root: ElementTree.Element, name: str, amount: int) -> list[list[tuple[float, float]]]:
     return [ends(root, f"{name}-{number}") for number in range(amount)]
 

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from montessori_ray.report.words import Scale, count, duration, listed, number, percent, plus_minus, span, ticks, tied
+from montessori_ray.report.words import (
+    Scale,
+    count,
+    duration,
+    listed,
+    number,
+    percent,
+    plus_minus,
+    span,
+    ticks,
+    tied,
+    xml_text,
+)
 
 MINUS, TIMES, DASH, HARD = "\u2212", "\u00d7", "\u2013", "\u00a0"
 
@@ -76,3 +88,9 @@ def test_a_number_keeps_its_error_and_unit_on_its_line() -> None:
         tied(f"fell by ({MINUS}1 ± 2) {TIMES} 10⁻³, 95 %.")
         == f"fell by ({MINUS}1{HARD}±{HARD}2){HARD}{TIMES}{HARD}10⁻³, 95{HARD}%."
     )
+
+
+def test_text_has_no_character_that_xml_forbids() -> None:
+    kept = "tab\t, line\r\n, é, \ue000\ufffd \U0001f600"
+    assert xml_text(kept) == kept
+    assert xml_text("\x00a\x08b\x0b\x1fc\ud800\udfff\ufffe\uffff") == "abc"
