@@ -59,7 +59,7 @@ def score_loop(settings: dict[str, Any]) -> None:
     rows = _Rows(group, leader)
     for lease in leases:
         for example in lease.examples:
-            if example is lease.examples[-1]:
+            if example is lease.examples[-1] and not lease.alone:
                 leases.ask()
             rows.add(lease, scorer.score(example).row())
         rows.send()
