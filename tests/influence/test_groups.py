@@ -10,7 +10,7 @@ import pytest
 
 from montessori_ray.config import Score as ScoreSettings
 from montessori_ray.influence import groups
-from montessori_ray.influence.groups import Group, score_loop
+from montessori_ray.influence.groups import Group, _Rows, score_loop
 from montessori_ray.influence.ledger import Lease
 from montessori_ray.influence.score import Score
 
@@ -60,3 +60,13 @@ def test_the_next_lease_is_asked_for_early_but_not_beside_a_suspect(monkeypatch:
     assert ledger.calls == [
         "release g", "lease", "a", "lease", "b", (0, "ab"), "c", (1, "c"), "lease", "d", (2, "d"), "lease",
     ]  # fmt: skip
+
+
+def test_only_the_leader_keeps_rows() -> None:
+    group: Any = SimpleNamespace(ledger=WrittenDown())
+    leader, other = (_Rows(group, leader) for leader in (True, False))
+    for rows in (leader, other):
+        rows.add(LEASES[0], {"example_id": "a"})
+    assert (len(leader._rows), len(other._rows)) == (1, 0)
+    other.send()
+    assert group.ledger.calls == []
