@@ -111,9 +111,11 @@ class Estimator:
         self._scored = 0
         self._warmed_digest = student.digest()
         warmed = student.reference_losses(reference)
-        student.null_step()
-        null_step = student.reference_losses(reference)
-        student.restore()
+        try:
+            student.null_step()
+            null_step = student.reference_losses(reference)
+        finally:
+            student.restore()
         self._verify()
         self._before = null_step if baseline == "null_step" else warmed
         self.warmed_loss = reference.mean(warmed)

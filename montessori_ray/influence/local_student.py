@@ -98,14 +98,17 @@ class LocalStudent:
 
     def step(self, example: Encoded) -> float:
         tensors = collate([example], self._pad_token_id)
-        loss = self._passes["warmed"](**{name: tensor.to(self._device) for name, tensor in tensors.items()})[0]
-        loss.backward()
-        value, norm = loss.item(), exact_norm(self._gradient)
-        if not (math.isfinite(value) and norm.isfinite()):
-            self._gradient.zero_()
-            what = "gradient of the example is not finite"
-            raise NotFiniteError(what if math.isfinite(value) else f"loss of the example is {value}")
-        self._step(clip_scale([norm], self._rule.max_grad_norm))
+        try:
+            loss = self._passes["warmed"](**{name: tensor.to(self._device) for name, tensor in tensors.items()})[0]
+            loss.backward()
+            value, norm = loss.item(), exact_norm(self._gradient)
+            if not (math.isfinite(value) and norm.isfinite()):
+                what = "gradient of the example is not finite"
+                raise NotFiniteError(what if math.isfinite(value) else f"loss of the example is {value}")
+            self._step(clip_scale([norm], self._rule.max_grad_norm))
+        except BaseException:
+            self._gradient.zero_()  # or the next example would add to what there is of this one's
+            raise
         return float(value)
 
     def null_step(self) -> None:
@@ -127,12 +130,14 @@ class LocalStudent:
 
     def reference_gradient(self, reference: ReferenceSet) -> list[Tensor]:
         gradient = torch.zeros_like(self._weights)
-        _collect_gradients(self._trained[self._state], gradient)
-        for loss in reference.weighted_losses(self._modules[self._state], self._device):
-            loss.backward()
-        _collect_gradients(self._trained["warmed"], self._gradient)
-        _collect_gradients(self._trained["stepped"], None)
-        self.restore()
+        try:
+            _collect_gradients(self._trained[self._state], gradient)
+            for loss in reference.weighted_losses(self._modules[self._state], self._device):
+                loss.backward()
+        finally:
+            _collect_gradients(self._trained["warmed"], self._gradient)
+            _collect_gradients(self._trained["stepped"], None)
+            self.restore()
         return [gradient]
 
     def change_along(self, gradient: list[Tensor]) -> float:

@@ -105,12 +105,13 @@ class Scorer:
     def _score_again(self, example: Example) -> Score:
         """`exact` in float32, whatever the settings say."""
         self._set_precision("float32")
-        if self._recheck is None:
-            same = self._estimator.name == "exact" and self._precision == "float32"
-            self._recheck = self._estimator if same else self._open_estimator("exact")
-        score = self._recheck.score(example)
-        self._set_precision(self._precision)
-        return score
+        try:
+            if self._recheck is None:
+                same = self._estimator.name == "exact" and self._precision == "float32"
+                self._recheck = self._estimator if same else self._open_estimator("exact")
+            return self._recheck.score(example)
+        finally:
+            self._set_precision(self._precision)
 
     def _open_estimator(self, name: str) -> Estimator:
         settings = self._settings

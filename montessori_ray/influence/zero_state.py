@@ -153,6 +153,22 @@ class EngineState:
         scale = 1 - self._engine.basic_optimizer.param_groups[0]["betas"][0]
         return [moment / scale for moment in moments]
 
+    def drop_gradients(self) -> None:
+        """Forget what an interrupted backward pass or step has left in the engine.
+
+        On several ranks that helps only where all were interrupted alike: others wait in a collective.
+        """
+        self._engine.zero_grad()
+        if self._engine.zero_optimization_stage() == 0:
+            return
+        zero = self._engine.optimizer
+        zero.zero_grad(set_to_none=True)
+        for bucket in zero.ipg_buckets.values():
+            bucket.params.clear()
+            bucket.elements = 0
+        zero.averaged_gradients.clear()
+        zero.backward_active_depth = 0
+
     @torch.no_grad()
     def change_along(self, gradient: list[Tensor]) -> float:
         """Inner product of a gradient, as `gradient` returns it, with how far the masters are from the saved ones."""

@@ -4,11 +4,13 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from montessori_ray.config import Score
 from montessori_ray.errors import ModelError
+from montessori_ray.influence.estimators import Exact, Measured
 from montessori_ray.influence.scorer import Scorer
 from montessori_ray.influence.zero_state import leaves_room
 from montessori_ray.preferences import build_pairs
@@ -156,3 +158,15 @@ def test_moments_may_lie_elsewhere_or_be_fresh(scorer: Callable[..., Scorer], ti
     fresh = influences(scorer(bare, learning_rate=1e-3))
     assert fresh == influences(scorer(optimizer_state="none", learning_rate=1e-3))
     assert fresh != influences(scorer(learning_rate=1e-3))
+
+
+def test_a_recheck_that_fails_leaves_the_precision_as_it_was(
+    scorer: Callable[..., Scorer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = scorer(precision="bfloat16")
+    expected = made.score({**EXAMPLES[0], "recheck": True})
+    with monkeypatch.context() as patch:
+        patch.setattr(Exact, "_measure", Mock(side_effect=[Measured(0.0, 0.0), KeyboardInterrupt]))
+        with pytest.raises(KeyboardInterrupt):
+            made.score({**EXAMPLES[1], "recheck": True})
+    assert made.score(EXAMPLES[0]).influence == expected.influence
