@@ -64,7 +64,7 @@ class Scorer:
         self._settings = settings
         self._worker = worker
         self._chat = ChatFormat.load(student, chat_template, max_length)
-        rows = [self._chat.encode(row["instruction"], row["response"]) for row in reference]
+        rows = [self._encode(row) for row in reference]
         self._reference = _drawn(rows, settings.reference_rows)
         self._student = open_student(student, settings, self._chat.pad_token_id)
         self._precision = precision_of(settings)
@@ -89,18 +89,26 @@ class Scorer:
     def score(self, example: Mapping[str, Any]) -> Score:
         """Score one row (example_id, instruction, response; with a true `recheck`, a second time, exact in float32)."""
         if not example["response"].strip():
-            return Score(
-                example_id=example["example_id"],
-                estimator=self._settings.estimator,
-                worker=self._worker,
-                quarantine="empty response",
-            )
-        encoded = Example(example["example_id"], self._chat.encode(example["instruction"], example["response"]))
+            return self._quarantined(example, "empty response")
+        try:
+            encoded = Example(example["example_id"], self._encode(example))
+        except ModelError as error:  # of this example: the template has rendered all reference rows
+            return self._quarantined(example, str(error))
         score = self._estimator.score(encoded)
         if not example.get("recheck") or score.quarantine is not None:
             return score
         again = self._score_again(encoded)
         return replace(score, recheck_influence=again.influence, recheck_influence_se=again.influence_se)
+
+    def _encode(self, row: Mapping[str, Any]) -> Encoded:
+        """Without white space around the texts, as the stages hand them over: templates drop it, or join it with their
+        own."""
+        return self._chat.encode(row["instruction"].strip(), row["response"].strip())
+
+    def _quarantined(self, example: Mapping[str, Any], reason: str) -> Score:
+        return Score(
+            example_id=example["example_id"], estimator=self._settings.estimator, worker=self._worker, quarantine=reason
+        )
 
     def _score_again(self, example: Example) -> Score:
         """`exact` in float32, whatever the settings say."""

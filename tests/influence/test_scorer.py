@@ -15,7 +15,7 @@ from montessori_ray.influence.scorer import Scorer
 from montessori_ray.influence.zero_state import leaves_room
 from montessori_ray.preferences import build_pairs
 from montessori_ray.stages.score import summarise
-from tests.tiny import rows, write_student
+from tests.tiny import TEMPLATE, rows, write_student
 
 pytestmark = pytest.mark.usefixtures("alone")
 REFERENCE, EXAMPLES = rows(12, 10_000), rows(6, 0)
@@ -30,10 +30,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def scorer(tiny: Path) -> Callable[..., Scorer]:
-    def make(student: Path = tiny, **settings: Any) -> Scorer:
-        return Scorer(
-            student, REFERENCE, Score(reference_tokens=64, **settings), chat_template=None, max_length=64, worker="me"
-        )
+    def make(student: Path = tiny, chat_template: str | None = None, **settings: Any) -> Scorer:
+        given = Score(reference_tokens=64, **settings)
+        return Scorer(student, REFERENCE, given, chat_template=chat_template, max_length=64, worker="me")
 
     return make
 
@@ -86,6 +85,19 @@ def test_poison_is_quarantined_with_its_reason_and_leaves_no_trace(scorer: Calla
         poisoned = made.score({**EXAMPLES[1], **change})
         assert (poisoned.quarantine, poisoned.influence) == (reason, None)
         assert made.score(EXAMPLES[0]).influence == good
+
+
+def test_white_space_is_taken_off_and_what_the_template_cannot_render_is_quarantined(
+    scorer: Callable[..., Scorer],
+) -> None:
+    made = scorer(chat_template=TEMPLATE.replace("<{{", "{{ '<end>' if m.content[0] == ' ' or m.content == 'w9' }}<{{"))
+    good = made.score(EXAMPLES[0])
+    padded = {"instruction": f"  {EXAMPLES[0]['instruction']}\n", "response": f"  {EXAMPLES[0]['response']}\n"}
+    assert made.score({**EXAMPLES[0], **padded}).influence == good.influence is not None
+    bad = made.score({**EXAMPLES[0], "response": "w9"})
+    assert bad.quarantine is not None
+    assert bad.quarantine.startswith("the chat template renders a conversation that does not begin with the same")
+    assert made.score(EXAMPLES[0]).influence == good.influence
 
 
 def test_a_response_too_long_is_scored_as_far_as_it_fits(scorer: Callable[..., Scorer]) -> None:
