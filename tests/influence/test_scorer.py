@@ -7,6 +7,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
 
 from montessori_ray.config import Score
 from montessori_ray.errors import ModelError
@@ -170,6 +171,27 @@ def test_moments_may_lie_elsewhere_or_be_fresh(scorer: Callable[..., Scorer], ti
     fresh = influences(scorer(bare, learning_rate=1e-3))
     assert fresh == influences(scorer(optimizer_state="none", learning_rate=1e-3))
     assert fresh != influences(scorer(learning_rate=1e-3))
+
+
+@pytest.mark.parametrize("backend", ["local", "zero"])
+def test_scoring_leaves_the_process_its_random_numbers_and_its_precision(
+    scorer: Callable[..., Scorer], backend: str
+) -> None:
+    torch.manual_seed(5)
+    undisturbed = torch.rand(3).tolist()
+    torch.manual_seed(5)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        made = scorer(backend=backend, verify_every=1)
+        drawn = []
+        for example in EXAMPLES[:3]:
+            drawn.append(torch.rand(1).item())
+            assert made.score({**example, "recheck": True}).quarantine is None
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert drawn == undisturbed
 
 
 def test_a_recheck_that_fails_leaves_the_precision_as_it_was(
