@@ -25,12 +25,9 @@ from montessori_ray.influence.estimators import NotFiniteError
 from montessori_ray.influence.fingerprint import checksum, generator_states, set_generator_states
 from montessori_ray.influence.moments import MOMENTS, open_moments
 from montessori_ray.influence.reference import Precision, ReferenceSet, ResponseLoss
-from montessori_ray.influence.update import AdamW, clip_scale, exact_norm
+from montessori_ray.influence.update import AdamW, change_along, chunks, clip_scale, exact_norm
 from montessori_ray.training.chat import Encoded, collate
 from montessori_ray.training.engine import load_model
-
-CHUNK = {"cpu": 2**19, "cuda": 2**26}
-"""Weights stepped at once: what a core's cache, or a corner of a GPU's memory, holds of the temporary tensors."""
 
 
 class LocalStudent:
@@ -141,10 +138,7 @@ class LocalStudent:
         return [gradient]
 
     def change_along(self, gradient: list[Tensor]) -> float:
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for stepped, weights, slopes in self._chunks(self._stepped, self._weights, gradient[0]):
-            total += torch.dot(stepped - weights, slopes)
-        return total.item()
+        return change_along(self._stepped, self._weights, gradient[0]).item()
 
     @torch.no_grad()
     def _step(self, scale: Tensor) -> None:
@@ -154,7 +148,7 @@ class LocalStudent:
         is done to a chunk is done while it is in the cache: the step is bound by memory.
         """
         rule = self._rule
-        for stepped, weights, gradient, *moments in self._chunks(
+        for stepped, weights, gradient, *moments in chunks(
             self._stepped, self._weights, self._gradient, *self._moments
         ):
             exp_avg, exp_avg_sq = (moment.clone() for moment in moments)
@@ -169,9 +163,6 @@ class LocalStudent:
         self._state = "stepped"
         if self._device.type == "cuda":
             torch.cuda.synchronize()
-
-    def _chunks(self, *buffers: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        return zip(*(buffer.split(CHUNK[self._device.type]) for buffer in buffers), strict=True)
 
 
 def _trained(module: nn.Module) -> list[nn.Parameter]:

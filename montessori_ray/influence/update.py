@@ -7,7 +7,7 @@ Scoring itself steps with `torch.optim.AdamW`, which computes the same.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +67,27 @@ def exact_norm(flat: Tensor) -> Tensor:
     rest = torch.linalg.vector_norm(flat[whole:])[None]
     norm: Tensor = torch.linalg.vector_norm(torch.cat([rows, rest]).double()).to(flat.dtype)
     return norm
+
+
+CHUNK = {"cpu": 2**19, "cuda": 2**26}
+"""Weights worked on at once: what a core's cache, or a corner of a GPU's memory, holds of the temporary tensors."""
+
+
+def chunks(*buffers: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same parts of flat buffers of one length, one after the other; as large as suits the first one's device."""
+    return zip(*(buffer.split(CHUNK[buffers[0].device.type]) for buffer in buffers), strict=True)
+
+
+def change_along(after: Tensor, before: Tensor, slopes: Tensor) -> Tensor:
+    """Inner product (float64 scalar) of a change and slopes, flat float32 buffers; `before` may be in host memory.
+
+    By chunks, whose products are summed in float64: one float32 sum over all weights of a model would lose digits, and
+    CUDA's takes no more than 2^31 of them.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=after.device)
+    for new, old, slope in chunks(after, before, slopes):
+        total += torch.dot(new - old.to(new.device), slope)
+    return total
 
 
 def adamw_change(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, settings: AdamW) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from montessori_ray.influence.fingerprint import checksum, generator_states, set_generator_states
 from montessori_ray.influence.moments import MOMENTS, ReadMoment
+from montessori_ray.influence.update import change_along
 
 DEEPSPEED_VERSION = "0.19.8"
 """The release whose partition layout `masters` knows."""
@@ -175,8 +176,7 @@ class EngineState:
         saved = self._saved[:: len(self._saved) // len(self._masters)]
         total = torch.zeros((), dtype=torch.float64, device=self._engine.device)
         for master, before, slopes in zip(self._masters, saved, gradient, strict=True):
-            step = master.tensor - before.to(master.tensor.device)
-            total += torch.dot(step.flatten(), slopes.flatten())
+            total += change_along(master.tensor.detach().flatten(), before.flatten(), slopes.flatten()).to(total.device)
         if self._engine.zero_optimization_stage() > 0:  # each rank has its own part
             dist.all_reduce(total)
         return total.item()

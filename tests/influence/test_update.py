@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from montessori_ray.influence.update import AdamW, adamw_change, clip_scale, exact_norm, null_step_change
+from montessori_ray.influence.update import AdamW, adamw_change, change_along, clip_scale, exact_norm, null_step_change
 
 STEPS = 7
 
@@ -61,6 +61,15 @@ def test_momentum_moves_weights_without_a_gradient() -> None:
     assert change.abs().min() > 0
     zeros = torch.zeros_like(weights[0])
     assert null_step_change(weights[0].detach(), zeros, zeros, settings(step=0)).abs().max() == 0
+
+
+@pytest.mark.parametrize("size", [1, 2**19 + 1, 6_000_001])
+def test_the_inner_product_of_long_buffers_keeps_its_digits(size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    before, slopes = (torch.rand(size, generator=generator) for _ in range(2))
+    after = before + torch.rand(size, generator=generator)
+    expected = torch.dot((after - before).double(), slopes.double())
+    assert change_along(after, before, slopes).item() == pytest.approx(expected.item(), rel=2e-6)
 
 
 @pytest.mark.parametrize("size", [1, 4095, 4096, 3_000_001])
