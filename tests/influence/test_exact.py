@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,13 @@ def test_restore_is_bit_exact(warmed: Path, backend: Backend) -> None:
     tried.reference_gradient(reference)
     assert tried.digest() == digest
     assert torch.equal(tried.reference_losses(reference), losses)
+
+
+@pytest.mark.parametrize("backend", [None, 0])
+def test_a_student_without_a_finite_loss_scores_nothing(warmed: Path, backend: Backend) -> None:
+    diverging = student(warmed, backend, replace(RULE, learning_rate=float("inf")))
+    with pytest.raises(ModelError, match=r"reference loss is 4\.\d+, and nan after a step.*diverged.*learning_rate"):
+        exact(diverging)
 
 
 def test_scores_do_not_depend_on_their_neighbours(warmed: Path) -> None:
