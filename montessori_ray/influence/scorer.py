@@ -26,7 +26,7 @@ from montessori_ray.errors import ModelError
 from montessori_ray.influence.estimators import Corrected, Estimator, Exact, Example, FirstOrder, Student
 from montessori_ray.influence.fingerprint import generator_states, set_generator_states
 from montessori_ray.influence.local_student import LocalStudent
-from montessori_ray.influence.reference import Precision, ReferenceSet
+from montessori_ray.influence.reference import Precision, ReferenceSet, require_responses
 from montessori_ray.influence.score import Score
 from montessori_ray.influence.update import OPTIMIZER_JSON, AdamW
 from montessori_ray.influence.zero_student import ZeroStudent
@@ -70,6 +70,7 @@ class Scorer:
         self._worker = worker
         self._chat = ChatFormat.load(student, chat_template, max_length)
         rows = [self._encode(row) for row in reference]
+        require_responses(reference, rows)
         self._reference = _drawn(rows, settings.reference_rows)
         self._precision = precision_of(settings)
         self._recheck: Estimator | None = None

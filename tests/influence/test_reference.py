@@ -19,7 +19,13 @@ from transformers import (
 
 from montessori_ray.errors import DataError
 from montessori_ray.influence import reference
-from montessori_ray.influence.reference import ReferenceSet, ResponseLoss, influence_and_se, row_weights
+from montessori_ray.influence.reference import (
+    ReferenceSet,
+    ResponseLoss,
+    influence_and_se,
+    require_responses,
+    row_weights,
+)
 from montessori_ray.training.chat import Encoded
 
 VOCAB = 97
@@ -111,8 +117,11 @@ def test_ranks_split_the_rows_and_run_the_same_passes(world: int) -> None:
 
 
 def test_a_row_without_response_is_refused() -> None:
-    with pytest.raises(DataError, match="reference row 1 has no response token"):
-        ReferenceSet([*random_rows([5]), Encoded([1, 2, 3], [-100, -100, -100])], 40, 0)
+    rows, encoded = [{"instruction": "a"}, {"instruction": "b" * 90}], [*random_rows([5]), Encoded([1, 2], [-100] * 2)]
+    with pytest.raises(DataError, match=r"^row 1 \('b{60}'\) has no response token within student.max_length: raise"):
+        require_responses(rows, encoded)
+    with pytest.raises(DataError, match=r"^row held-out-7 \("):
+        require_responses([rows[0], {**rows[1], "example_id": "held-out-7"}], encoded)
     with pytest.raises(DataError, match="empty"):
         ReferenceSet([], 40, 0)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from montessori_ray.config import Score
-from montessori_ray.errors import ModelError
+from montessori_ray.errors import DataError, ModelError
 from montessori_ray.influence.estimators import Exact, Measured
 from montessori_ray.influence.scorer import Scorer
 from montessori_ray.influence.zero_state import leaves_room
@@ -59,6 +59,14 @@ def test_a_recheck_is_exact_in_float32(scorer: Callable[..., Scorer], backend: s
         assert score.recheck_influence == pytest.approx(expected, abs=1e-9)
         assert score.influence not in (None, score.recheck_influence)
         assert score.influence == pytest.approx(expected, abs=0.2)
+
+
+def test_every_reference_row_is_checked_not_only_those_that_are_drawn(tiny: Path) -> None:
+    for bad in (0, 5, 11):
+        reference: list[dict[str, Any]] = [*rows(12, 10_000)]
+        reference[bad]["instruction"] = " ".join(["w7"] * 100)
+        with pytest.raises(DataError, match=f"^row e{bad:03d} \\('w7 w7"):
+            Scorer(tiny, reference, Score(reference_rows=2), chat_template=None, max_length=64, worker="me")
 
 
 def test_fewer_reference_rows_are_the_same_ones_every_time(scorer: Callable[..., Scorer]) -> None:
