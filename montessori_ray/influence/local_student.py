@@ -5,7 +5,8 @@ weights. A step reads the first four and writes the last one, so the warmed stat
 costs nothing. Two copies of the module look into the two weight buffers; no engine hooks are in their way, so their
 passes can be compiled. Weights that are not trained (all but an adapter's) lie in no buffer; both copies share them.
 
-Memory: 20 bytes a trained weight, 4 bytes another one, and activations.
+Memory: 20 bytes a trained weight, 4 more with `first_order` and `corrected`, which keep a gradient of the reference
+loss (`corrected` takes two, so 8 more while it starts); 4 bytes a weight that is not trained; and activations.
 """
 
 from __future__ import annotations

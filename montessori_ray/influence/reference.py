@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from montessori_ray.errors import DataError
 from montessori_ray.training.chat import IGNORED, Encoded, collate
@@ -48,11 +49,16 @@ class ChunkedCrossEntropy(nn.Module):
     def forward(self, hidden: Tensor, words: Tensor) -> Tensor:
         """Float32 cross entropies (N,) of words (N,) after hidden states (N, H)."""
         rows = max(1, CHUNK_LOGITS // len(self.weight))
-        parts = [
-            F.cross_entropy(F.linear(states, self.weight, self.bias).float(), targets, reduction="none")
-            for states, targets in zip(hidden.split(rows), words.split(rows), strict=True)
-        ]
-        return torch.cat(parts)
+        chunks = list(zip(hidden.split(rows), words.split(rows), strict=True))
+        if len(chunks) == 1 or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return torch.cat([self._losses(*chunk) for chunk in chunks])
+        # For a gradient a chunk's logits are computed again, or those of all chunks would wait for the backward pass.
+        return torch.cat(
+            [checkpoint(self._losses, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+        )
+
+    def _losses(self, hidden: Tensor, words: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(hidden, self.weight, self.bias).float(), words, reduction="none")
 
 
 class ResponseLoss(nn.Module):

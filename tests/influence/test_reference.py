@@ -20,6 +20,7 @@ from transformers import (
 from montessori_ray.errors import DataError
 from montessori_ray.influence import reference
 from montessori_ray.influence.reference import (
+    ChunkedCrossEntropy,
     ReferenceSet,
     ResponseLoss,
     influence_and_se,
@@ -95,6 +96,30 @@ def test_gradient_equals_the_models_own() -> None:
     ResponseLoss(model)(**inputs, attention_mask=torch.ones(1, 20, dtype=torch.long))[0].backward()
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_a_gradient_holds_one_chunk_of_logits_and_is_the_same(bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "CHUNK_LOGITS", 8 * VOCAB)
+    head = ChunkedCrossEntropy(torch.nn.Linear(16, VOCAB))
+
+    def gradients() -> tuple[list[torch.Tensor], int]:
+        """Of states and embedding, and the numbers kept for the backward pass."""
+        states = torch.randn(60, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        kept: dict[int, int] = {}
+        with (
+            torch.autograd.graph.saved_tensors_hooks(
+                lambda x: kept.update({x.data_ptr(): x.numel()}) or x, lambda x: x
+            ),
+            torch.autocast("cpu", torch.bfloat16, enabled=bfloat16),
+        ):
+            losses = head(states, torch.arange(60))
+        return list(torch.autograd.grad(losses.mean(), [states, head.weight, head.bias])), sum(kept.values())
+
+    (again, few), _ = gradients(), monkeypatch.setattr(reference, "checkpoint", lambda f, *chunk, **_: f(*chunk))
+    at_once, many = gradients()
+    assert all(map(torch.equal, again, at_once))
+    assert few < 60 * VOCAB < many
 
 
 def test_batches_keep_to_the_budget() -> None:
