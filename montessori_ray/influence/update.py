@@ -1,7 +1,5 @@
-"""One AdamW step, written out (paper section 3.2 takes one on each probing example; Loshchilov & Hutter 2019).
-
-Pure torch on plain tensors: the oracle of the tests, and the parameter change that a first-order estimate needs.
-Scoring itself steps with `torch.optim.AdamW`, which computes the same.
+"""The one AdamW step on a probing example (paper section 3.2; Loshchilov & Hutter 2019): its settings, the clipping
+before it, and sums over flat buffers that keep their digits. The step itself is torch's.
 """
 
 from __future__ import annotations
@@ -88,21 +86,3 @@ def change_along(after: Tensor, before: Tensor, slopes: Tensor) -> Tensor:
     for new, old, slope in chunks(after, before, slopes):
         total += torch.dot(new - old.to(new.device), slope)
     return total
-
-
-def adamw_change(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, settings: AdamW) -> Tensor:
-    """What one AdamW step adds to `weight`, given the moments before it and an already clipped gradient.
-
-    All tensors have one shape; none is changed. A zero gradient does not give a zero change: the momentum of the
-    earlier steps goes on moving the weights, and weight decay shrinks them.
-    """
-    beta1, beta2 = settings.betas
-    step = settings.step + 1
-    mean = (beta1 * exp_avg + (1 - beta1) * gradient) / (1 - beta1**step)
-    variance = (beta2 * exp_avg_sq + (1 - beta2) * gradient.square()) / (1 - beta2**step)
-    return -settings.learning_rate * (settings.weight_decay * weight + mean / (variance.sqrt() + settings.eps))
-
-
-def null_step_change(weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, settings: AdamW) -> Tensor:
-    """`adamw_change` for a zero gradient: the drift that `baseline: null_step` takes out of every score."""
-    return adamw_change(weight, torch.zeros_like(weight), exp_avg, exp_avg_sq, settings)
