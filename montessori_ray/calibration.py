@@ -171,7 +171,7 @@ def _measure(job: Job, config: Config, storage: str) -> Calibration:
     try:
         while waiting:  # in the order they end: where one fails, the others wait at the gate for ever
             ended, waiting = ray.wait(waiting, timeout=0.5)
-            found += [training_result(group) for group in ended]
+            found += [training_result(group, "calibrate") for group in ended]
     except KeyboardInterrupt:
         raise  # see `influence.driver.score_examples`
     except BaseException:

@@ -410,8 +410,9 @@ class Score(Section):
     max_group_failures: Annotated[int, Field(ge=0)] = 3
     """Times a scoring group is started again after it died; the next time it is retired and the others go on."""
     backend: Literal["auto", "local", "zero"] = "auto"
-    """`local`: the whole student on one device (20 bytes a weight). `zero`: in a DeepSpeed engine, sharded over the
-    group by `zero_stage`. `auto`: local for groups of one rank."""
+    """`local`: the whole student on one device (20 bytes a weight, 24 with `first_order` and `corrected`, which starts
+    with 28). `zero`: in a DeepSpeed engine, sharded over the group by `zero_stage`. `auto`: local for groups of one
+    rank."""
     compile: bool = False
     """Compile the passes of backend `local` with torch.compile: half a minute or more once, for students on GPUs."""
     reference_tokens: Count = 8192

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from montessori_ray.influence.reference import ReferenceSet, ResponseLoss
+from montessori_ray.influence.reference import ReferenceSet, ResponseLoss, require_responses
 from montessori_ray.training.chat import ChatFormat
 
 
@@ -33,11 +33,15 @@ def row_losses(
         tokens_a_pass: padded tokens in one forward pass.
         threads: CPU threads.
         gpu: use the GPU Ray gave this process.
+
+    Raises:
+        DataError: a row has no response token.
     """
     torch.set_num_threads(threads)
     device = torch.device("cuda" if gpu else "cpu")
     chat = ChatFormat.load(Path(model), chat_template, max_length)
     encoded = [chat.encode(row["instruction"], row["response"]) for row in rows]
+    require_responses(rows, encoded)
     reference = ReferenceSet(encoded, tokens_a_pass, chat.pad_token_id)
     student: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     losses: list[float] = reference.losses(ResponseLoss(student.to(device).eval()), device).tolist()

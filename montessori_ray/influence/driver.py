@@ -35,6 +35,9 @@ LEASES_AHEAD = 4
 MOST_AHEAD = 4096
 """Examples that wait, at most, where groups are faster than that: twice what came in since the last look."""
 
+LOAD_S = 1800.0
+"""Seconds a group may take to load a student and measure its baselines, of which nothing is heard meanwhile."""
+
 LEDGER_S = 300.0
 """Seconds the ledger may take to answer, a new process for one that died included."""
 
@@ -216,14 +219,19 @@ class Pump:
         for name in self._groups.watch(LOOK_S):
             _ask(self._ledger.release.remote(name))
         self._groups.grow(state.baselines, state.backlog)
-        patience = 2 * self._settings.lease_timeout_s + (self._settings.max_group_failures + 1) * START_TIMEOUT_S
         silent = time.monotonic() - self._last_news
-        if self._outstanding and silent > patience:
+        if self._outstanding and silent > patience(self._settings):
             raise ResourceError(
-                f"no scoring group joined, died or returned a row for {silent:.0f} s (more than twice "
-                "score.lease_timeout_s and the time to place a group): a worker hangs, see its logs; the same command "
-                "continues with the rows that are committed"
+                f"no scoring group joined, died or returned a row for {silent:.0f} s (more than it may take to be "
+                "placed and to load the student, or twice score.lease_timeout_s): a worker hangs, see its logs; the "
+                "same command continues with the rows that are committed"
             )
+
+
+def patience(settings: ScoreSettings) -> float:
+    """Seconds without news after which scoring is given up: all that groups may do in silence, one after the other."""
+    placing = (settings.max_group_failures + 1) * START_TIMEOUT_S
+    return placing + max(2 * settings.lease_timeout_s, LOAD_S)
 
 
 def _ask(answer: ray.ObjectRef[Any]) -> Any:

@@ -8,12 +8,14 @@ only the difference to the whole set from gradients: the change of L_k plus (g -
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
+from montessori_ray.errors import ModelError
 from montessori_ray.influence.reference import Precision, ReferenceSet, influence_and_se
 from montessori_ray.influence.score import Score
 from montessori_ray.training.chat import Encoded
@@ -103,6 +105,9 @@ class Estimator:
             baseline: state whose reference loss an example's is compared with.
             verify_every: examples between checks that `restore` brought the warmed state back.
             worker: written into every score.
+
+        Raises:
+            ModelError: the loss of the baseline is not finite.
         """
         self._student = student
         self._reference = reference
@@ -111,14 +116,22 @@ class Estimator:
         self._scored = 0
         self._warmed_digest = student.digest()
         warmed = student.reference_losses(reference)
-        student.null_step()
-        null_step = student.reference_losses(reference)
-        student.restore()
+        try:
+            student.null_step()
+            null_step = student.reference_losses(reference)
+        finally:
+            student.restore()
         self._verify()
         self._before = null_step if baseline == "null_step" else warmed
         self.warmed_loss = reference.mean(warmed)
         self.null_step_loss = reference.mean(null_step)
         self._loss_before = self.null_step_loss if baseline == "null_step" else self.warmed_loss
+        if not math.isfinite(self._loss_before):
+            raise ModelError(
+                f"the warmed student's reference loss is {self.warmed_loss}, and {self.null_step_loss} after a step "
+                "without a gradient, so nothing can be scored with it: its warm-up diverged, or the step is too large; "
+                "lower warm_up.optimizer.learning_rate (or score.learning_rate, where it is set) and warm it up again"
+            )
         self._prepare(baseline)
 
     def score(self, example: Example) -> Score:

@@ -77,7 +77,7 @@ class GroupRuns:
         retired = []
         for name in [name for name, training in self._running.items() if training in ended]:
             try:
-                training_result(self._running.pop(name))
+                training_result(self._running.pop(name), name)
             except UserError as error:
                 retired.append(name)
                 self._retire(name, error)

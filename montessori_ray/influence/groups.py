@@ -59,7 +59,7 @@ def score_loop(settings: dict[str, Any]) -> None:
     rows = _Rows(group, leader)
     for lease in leases:
         for example in lease.examples:
-            if example is lease.examples[-1]:
+            if example is lease.examples[-1] and not lease.alone:
                 leases.ask()
             rows.add(lease, scorer.score(example).row())
         rows.send()
@@ -109,7 +109,9 @@ class _Rows:
         self._under_way: ray.ObjectRef[None] | None = None
 
     def add(self, lease: Lease, row: Row) -> None:
-        """Take a row in the order of its lease."""
+        """Take a row in the order of its lease; all ranks have it, the leader's counts."""
+        if not self._leader:
+            return
         self._lease_id = lease.id
         self._rows.append(row)
         if time.monotonic() - self._sent > COMMIT_S:
@@ -117,7 +119,7 @@ class _Rows:
 
     def send(self) -> None:
         """Send what there is; waits only for what was sent before."""
-        if not self._leader or not self._rows:
+        if not self._rows:
             return
         self.finish()
         self._under_way = self._ledger.commit.remote(self._lease_id, self._rows)

@@ -23,8 +23,10 @@ from montessori_ray.influence.score import Score
 
 Row = dict[str, Any]
 
-MAX_DEATHS = 3
-"""Deaths of a group over one example after which the example is given up: it, not the machine, is the cause."""
+ALONE_DEATHS = 2
+"""Deaths of a group with one example and no other, after which the example is given up: it, not the machine, is the
+cause. With the death that made it a suspect these are three, as many as `score.max_group_failures` lets a group
+survive."""
 
 
 class Wait(Enum):
@@ -42,6 +44,8 @@ class Lease:
 
     id: int
     examples: tuple[Row, ...]
+    alone: bool = False
+    """A suspect: the group asks for nothing else before its row is committed, so that a death is this example's."""
 
 
 @dataclass(slots=True)
@@ -51,6 +55,7 @@ class _Out:
     group: str
     open_ids: list[str]
     deadline: float
+    alone: bool
 
 
 class Ledger:
@@ -58,7 +63,9 @@ class Ledger:
 
     Every example that is added is drained once, whatever group dies or comes late. A lease ends when its last row is
     committed; it is returned to the front of the queue when its deadline passes (each commit on it postpones the
-    deadline) or its group is released.
+    deadline). When its group is released its examples are suspects: which of them the group died over is not known, as
+    rows of finished ones may have been on their way. Suspects wait until nothing else does, and go out one by one, to
+    groups that hold nothing else: a death then has one cause.
     """
 
     def __init__(
@@ -75,6 +82,7 @@ class Ledger:
         self._clock = clock
         self._open: dict[str, Row] = {}
         self._pending: deque[str] = deque()
+        self._suspects: deque[str] = deque()
         self._out: dict[int, _Out] = {}
         self._deaths: Counter[str] = Counter()
         self._finished: dict[str, Row] = {}
@@ -96,7 +104,7 @@ class Ledger:
 
     def backlog(self) -> int:
         """Examples that wait for a lease (leases given up while their rows came in late count until passed over)."""
-        return len(self._pending)
+        return len(self._pending) + len(self._suspects)
 
     def open(self) -> int:
         """Examples without a row yet."""
@@ -113,12 +121,15 @@ class Ledger:
         if self._closed:
             return None
         self._return_expired()
-        ids = self._take()
+        ids = self._take(self._pending, self._lease_size)
+        alone = not ids and bool(self._suspects) and not self._held_by(group)
+        if alone:
+            ids = self._take(self._suspects, 1)
         if not ids:
             return WAIT
-        lease = Lease(self._next_lease, tuple(self._open[example_id] for example_id in ids))
+        lease = Lease(self._next_lease, tuple(self._open[example_id] for example_id in ids), alone)
         self._next_lease += 1
-        self._out[lease.id] = _Out(group, ids, self._clock() + self._timeout)
+        self._out[lease.id] = _Out(group, ids, self._clock() + self._timeout, alone)
         return lease
 
     def commit(self, lease_id: int, rows: Iterable[Row]) -> None:
@@ -135,42 +146,44 @@ class Ledger:
                 del self._out[lease_id]
 
     def release(self, group: str) -> None:
-        """Return the leases of a group that died; an example it died over too often is quarantined."""
+        """Take the leases of a group that died back: their examples are suspects, and one it died over alone too often
+        is quarantined."""
         self._late.discard(group)
-        held = [lease_id for lease_id, out in self._out.items() if out.group == group]
-        ids = [id_ for lease_id in held for id_ in self._out[lease_id].open_ids if id_ in self._open]
-        for lease_id in reversed(held):
-            self._return(lease_id)
-        if ids:
-            self._count_death(ids[0])
+        leases = [self._out.pop(lease_id) for lease_id in self._held_by(group)]
+        for lease in leases:
+            self._suspects.extend(id_ for id_ in lease.open_ids if id_ in self._open)
+        if len(leases) == 1 and leases[0].alone:
+            self._count_death(leases[0].open_ids[0])
 
     def drain(self) -> list[Row]:
         """Rows that came in since the last call; each is handed over once."""
         rows, self._finished = list(self._finished.values()), {}
         return rows
 
-    def _take(self) -> list[str]:
+    def _take(self, queue: deque[str], count: int) -> list[str]:
         ids: list[str] = []
-        while self._pending and len(ids) < self._lease_size:
-            example_id = self._pending.popleft()
+        while queue and len(ids) < count:
+            example_id = queue.popleft()
             if example_id in self._open:
                 ids.append(example_id)
         return ids
 
+    def _held_by(self, group: str) -> list[int]:
+        return [lease_id for lease_id, out in self._out.items() if out.group == group]
+
     def _return_expired(self) -> None:
         now = self._clock()
         for lease_id in [lease_id for lease_id, out in self._out.items() if out.deadline <= now]:
-            self._late.add(self._out[lease_id].group)
-            self._return(lease_id)
-
-    def _return(self, lease_id: int) -> None:
-        self._pending.extendleft(reversed(self._out.pop(lease_id).open_ids))
+            out = self._out.pop(lease_id)
+            self._late.add(out.group)
+            (self._suspects if out.alone else self._pending).extendleft(reversed(out.open_ids))
 
     def _count_death(self, example_id: str) -> None:
-        """Groups score leases, and each lease, in order: the first open example is the one a group died over."""
+        if example_id not in self._open:
+            return
         self._deaths[example_id] += 1
-        if self._deaths[example_id] >= MAX_DEATHS:
-            reason = f"its scoring group died {MAX_DEATHS} times while scoring it"
+        if self._deaths[example_id] >= ALONE_DEATHS:
+            reason = f"its scoring group died {ALONE_DEATHS} times while scoring it and nothing else"
             self._open.pop(example_id)
             del self._deaths[example_id]
             self._finished[example_id] = Score(example_id=example_id, quarantine=reason).row()

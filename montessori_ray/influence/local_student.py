@@ -5,7 +5,8 @@ weights. A step reads the first four and writes the last one, so the warmed stat
 costs nothing. Two copies of the module look into the two weight buffers; no engine hooks are in their way, so their
 passes can be compiled. Weights that are not trained (all but an adapter's) lie in no buffer; both copies share them.
 
-Memory: 20 bytes a trained weight, 4 bytes another one, and activations.
+Memory: 20 bytes a trained weight, 4 more with `first_order` and `corrected`, which keep a gradient of the reference
+loss (`corrected` takes two, so 8 more while it starts); 4 bytes a weight that is not trained; and activations.
 """
 
 from __future__ import annotations
@@ -25,12 +26,9 @@ from montessori_ray.influence.estimators import NotFiniteError
 from montessori_ray.influence.fingerprint import checksum, generator_states, set_generator_states
 from montessori_ray.influence.moments import MOMENTS, open_moments
 from montessori_ray.influence.reference import Precision, ReferenceSet, ResponseLoss
-from montessori_ray.influence.update import AdamW, clip_scale, exact_norm
+from montessori_ray.influence.update import AdamW, change_along, chunks, clip_scale, exact_norm
 from montessori_ray.training.chat import Encoded, collate
 from montessori_ray.training.engine import load_model
-
-CHUNK = {"cpu": 2**19, "cuda": 2**26}
-"""Weights stepped at once: what a core's cache, or a corner of a GPU's memory, holds of the temporary tensors."""
 
 
 class LocalStudent:
@@ -98,14 +96,17 @@ class LocalStudent:
 
     def step(self, example: Encoded) -> float:
         tensors = collate([example], self._pad_token_id)
-        loss = self._passes["warmed"](**{name: tensor.to(self._device) for name, tensor in tensors.items()})[0]
-        loss.backward()
-        value, norm = loss.item(), exact_norm(self._gradient)
-        if not (math.isfinite(value) and norm.isfinite()):
-            self._gradient.zero_()
-            what = "gradient of the example is not finite"
-            raise NotFiniteError(what if math.isfinite(value) else f"loss of the example is {value}")
-        self._step(clip_scale([norm], self._rule.max_grad_norm))
+        try:
+            loss = self._passes["warmed"](**{name: tensor.to(self._device) for name, tensor in tensors.items()})[0]
+            loss.backward()
+            value, norm = loss.item(), exact_norm(self._gradient)
+            if not (math.isfinite(value) and norm.isfinite()):
+                what = "gradient of the example is not finite"
+                raise NotFiniteError(what if math.isfinite(value) else f"loss of the example is {value}")
+            self._step(clip_scale([norm], self._rule.max_grad_norm))
+        except BaseException:
+            self._gradient.zero_()  # or the next example would add to what there is of this one's
+            raise
         return float(value)
 
     def null_step(self) -> None:
@@ -127,19 +128,18 @@ class LocalStudent:
 
     def reference_gradient(self, reference: ReferenceSet) -> list[Tensor]:
         gradient = torch.zeros_like(self._weights)
-        _collect_gradients(self._trained[self._state], gradient)
-        for loss in reference.weighted_losses(self._modules[self._state], self._device):
-            loss.backward()
-        _collect_gradients(self._trained["warmed"], self._gradient)
-        _collect_gradients(self._trained["stepped"], None)
-        self.restore()
+        try:
+            _collect_gradients(self._trained[self._state], gradient)
+            for loss in reference.weighted_losses(self._modules[self._state], self._device):
+                loss.backward()
+        finally:
+            _collect_gradients(self._trained["warmed"], self._gradient)
+            _collect_gradients(self._trained["stepped"], None)
+            self.restore()
         return [gradient]
 
     def change_along(self, gradient: list[Tensor]) -> float:
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for stepped, weights, slopes in self._chunks(self._stepped, self._weights, gradient[0]):
-            total += torch.dot(stepped - weights, slopes)
-        return total.item()
+        return change_along(self._stepped, self._weights, gradient[0]).item()
 
     @torch.no_grad()
     def _step(self, scale: Tensor) -> None:
@@ -149,7 +149,7 @@ class LocalStudent:
         is done to a chunk is done while it is in the cache: the step is bound by memory.
         """
         rule = self._rule
-        for stepped, weights, gradient, *moments in self._chunks(
+        for stepped, weights, gradient, *moments in chunks(
             self._stepped, self._weights, self._gradient, *self._moments
         ):
             exp_avg, exp_avg_sq = (moment.clone() for moment in moments)
@@ -164,9 +164,6 @@ class LocalStudent:
         self._state = "stepped"
         if self._device.type == "cuda":
             torch.cuda.synchronize()
-
-    def _chunks(self, *buffers: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        return zip(*(buffer.split(CHUNK[self._device.type]) for buffer in buffers), strict=True)
 
 
 def _trained(module: nn.Module) -> list[nn.Parameter]:

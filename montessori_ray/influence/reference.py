@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from montessori_ray.errors import DataError
 from montessori_ray.training.chat import IGNORED, Encoded, collate
@@ -48,11 +49,16 @@ class ChunkedCrossEntropy(nn.Module):
     def forward(self, hidden: Tensor, words: Tensor) -> Tensor:
         """Float32 cross entropies (N,) of words (N,) after hidden states (N, H)."""
         rows = max(1, CHUNK_LOGITS // len(self.weight))
-        parts = [
-            F.cross_entropy(F.linear(states, self.weight, self.bias).float(), targets, reduction="none")
-            for states, targets in zip(hidden.split(rows), words.split(rows), strict=True)
-        ]
-        return torch.cat(parts)
+        chunks = list(zip(hidden.split(rows), words.split(rows), strict=True))
+        if len(chunks) == 1 or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return torch.cat([self._losses(*chunk) for chunk in chunks])
+        # For a gradient a chunk's logits are computed again, or those of all chunks would wait for the backward pass.
+        return torch.cat(
+            [checkpoint(self._losses, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+        )
+
+    def _losses(self, hidden: Tensor, words: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(hidden, self.weight, self.bias).float(), words, reduction="none")
 
 
 class ResponseLoss(nn.Module):
@@ -157,7 +163,7 @@ class ReferenceSet:
     ):
         """
         Args:
-            encoded: the reference rows.
+            encoded: the reference rows, each with a response token (`require_responses`).
             tokens: padded tokens a batch may hold; a batch has one row at least.
             pad_token_id: what short rows are filled up with; never attended to.
             mean: what the reference loss is a mean of.
@@ -166,16 +172,10 @@ class ReferenceSet:
             world: ranks of the scoring group.
 
         Raises:
-            DataError: there is no row, or one has no response token.
+            DataError: there is no row.
         """
         if not encoded:
             raise DataError("the reference set is empty: data.reference needs at least one row with a response")
-        for index, row in enumerate(encoded):
-            if not row.response_tokens:
-                raise DataError(
-                    f"reference row {index} has no response token within student.max_length: leave it out of "
-                    "data.reference or raise student.max_length"
-                )
         self.rows = len(encoded)
         self.weights = row_weights([row.response_tokens for row in encoded], mean, mean_batch)
         self._world = world
@@ -211,6 +211,20 @@ class ReferenceSet:
         for batch in self.batches:
             tensors = {name: tensor.to(device) for name, tensor in batch.tensors.items()}
             yield self._world * (loss(**tensors) * batch.weights.to(device)).sum()
+
+
+def require_responses(rows: Sequence[Mapping[str, Any]], encoded: Sequence[Encoded]) -> None:
+    """Refuse rows (`instruction`, maybe `example_id`) that have no loss as they are encoded.
+
+    Raises:
+        DataError: a row has no response token; names it, whichever file it is of.
+    """
+    for number, (row, ids) in enumerate(zip(rows, encoded, strict=True)):
+        if not ids.response_tokens:
+            raise DataError(
+                f"row {row.get('example_id', number)} ({row['instruction'][:60]!r}) has no response token within "
+                "student.max_length: raise student.max_length, or leave the row out of its file"
+            )
 
 
 def row_weights(response_tokens: Sequence[int], mean: LossMean, batch: int) -> Tensor:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ import torch.distributed as dist
 from montessori_ray.config import Score as ScoreSettings
 from montessori_ray.errors import ModelError
 from montessori_ray.influence.estimators import Corrected, Estimator, Exact, Example, FirstOrder, Student
+from montessori_ray.influence.fingerprint import generator_states, set_generator_states
 from montessori_ray.influence.local_student import LocalStudent
-from montessori_ray.influence.reference import Precision, ReferenceSet
+from montessori_ray.influence.reference import Precision, ReferenceSet, require_responses
 from montessori_ray.influence.score import Score
 from montessori_ray.influence.update import OPTIMIZER_JSON, AdamW
 from montessori_ray.influence.zero_student import ZeroStudent
@@ -35,7 +37,10 @@ SAMPLE_SEED = 0
 
 
 class Scorer:
-    """Scores rows of `instruction` and `response` against one warmed student; all ranks of a group call it alike."""
+    """Scores rows of `instruction` and `response` against one warmed student; all ranks of a group call it alike.
+
+    It leaves the random generators and the matmul precision of its process as it finds them.
+    """
 
     def __init__(
         self,
@@ -64,13 +69,16 @@ class Scorer:
         self._settings = settings
         self._worker = worker
         self._chat = ChatFormat.load(student, chat_template, max_length)
-        rows = [self._chat.encode(row["instruction"], row["response"]) for row in reference]
+        rows = [self._encode(row) for row in reference]
+        require_responses(reference, rows)
         self._reference = _drawn(rows, settings.reference_rows)
-        self._student = open_student(student, settings, self._chat.pad_token_id)
         self._precision = precision_of(settings)
-        self._set_precision(self._precision)
-        self._estimator = self._open_estimator(settings.estimator)
         self._recheck: Estimator | None = None
+        with _process_kept():
+            self._student = open_student(student, settings, self._chat.pad_token_id)
+            self._set_precision(self._precision)
+            self._estimator = self._open_estimator(settings.estimator)
+            self._generators = generator_states()
 
     @property
     def tokenizer(self) -> Any:
@@ -89,18 +97,29 @@ class Scorer:
     def score(self, example: Mapping[str, Any]) -> Score:
         """Score one row (example_id, instruction, response; with a true `recheck`, a second time, exact in float32)."""
         if not example["response"].strip():
-            return Score(
-                example_id=example["example_id"],
-                estimator=self._settings.estimator,
-                worker=self._worker,
-                quarantine="empty response",
-            )
-        encoded = Example(example["example_id"], self._chat.encode(example["instruction"], example["response"]))
-        score = self._estimator.score(encoded)
-        if not example.get("recheck") or score.quarantine is not None:
-            return score
-        again = self._score_again(encoded)
+            return self._quarantined(example, "empty response")
+        try:
+            encoded = Example(example["example_id"], self._encode(example))
+        except ModelError as error:  # of this example: the template has rendered all reference rows
+            return self._quarantined(example, str(error))
+        with _process_kept():
+            set_generator_states(self._generators)  # the fingerprint of the warmed state has them
+            self._set_precision(self._precision)
+            score = self._estimator.score(encoded)
+            if not example.get("recheck") or score.quarantine is not None:
+                return score
+            again = self._score_again(encoded)
         return replace(score, recheck_influence=again.influence, recheck_influence_se=again.influence_se)
+
+    def _encode(self, row: Mapping[str, Any]) -> Encoded:
+        """Without white space around the texts, as the stages hand them over: templates drop it, or join it with their
+        own."""
+        return self._chat.encode(row["instruction"].strip(), row["response"].strip())
+
+    def _quarantined(self, example: Mapping[str, Any], reason: str) -> Score:
+        return Score(
+            example_id=example["example_id"], estimator=self._settings.estimator, worker=self._worker, quarantine=reason
+        )
 
     def _score_again(self, example: Example) -> Score:
         """`exact` in float32, whatever the settings say."""
@@ -108,9 +127,7 @@ class Scorer:
         if self._recheck is None:
             same = self._estimator.name == "exact" and self._precision == "float32"
             self._recheck = self._estimator if same else self._open_estimator("exact")
-        score = self._recheck.score(example)
-        self._set_precision(self._precision)
-        return score
+        return self._recheck.score(example)
 
     def _open_estimator(self, name: str) -> Estimator:
         settings = self._settings
@@ -133,6 +150,17 @@ class Scorer:
     def _set_precision(self, precision: Precision) -> None:
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         self._student.set_precision(precision)
+
+
+@contextmanager
+def _process_kept() -> Iterator[None]:
+    """What torch keeps for the whole process, random generators and matmul precision, is as before afterwards."""
+    generators, precision = generator_states(), torch.get_float32_matmul_precision()
+    try:
+        yield
+    finally:
+        set_generator_states(generators)
+        torch.set_float32_matmul_precision(precision)
 
 
 def open_student(directory: Path, settings: ScoreSettings, pad_token_id: int) -> Student:

@@ -23,6 +23,9 @@ from montessori_ray.influence.ledger import Row
 from montessori_ray.influence.scorer import Scorer, join_alone
 from montessori_ray.training.ray_train import worker_environment
 
+CALL_RETRIES = 3
+"""Times a call whose process died is repeated. Not without end: an example may be what kills the process."""
+
 COLUMNS = ("example_id", "instruction", "response")
 
 
@@ -98,7 +101,8 @@ def start_scoring_actor(
 ) -> Any:
     """Start a `ScoringActor` with the resources of `settings.worker` and wait until it has loaded the student.
 
-    It lives as long as a handle of it does. If its process dies, Ray starts it again, and a call it was at is repeated.
+    It lives as long as a handle of it does. If its process dies, Ray starts it again, and a call it was at is repeated,
+    `CALL_RETRIES` times; then the call raises Ray's `RayActorError`, and the actor answers the next one.
 
     Args:
         student: directory of the student, at the same path on every node.
@@ -120,7 +124,7 @@ def start_scoring_actor(
         num_cpus=worker.cpus,
         num_gpus=worker.gpus,
         max_restarts=-1,
-        max_task_retries=-1,
+        max_task_retries=CALL_RETRIES,
         runtime_env={"env_vars": worker_environment(worker)},
     ).remote(Path(student).absolute(), list(reference), settings, chat_template, max_length)
     try:

@@ -1,13 +1,11 @@
-"""One AdamW step, written out (paper section 3.2 takes one on each probing example; Loshchilov & Hutter 2019).
-
-Pure torch on plain tensors: the oracle of the tests, and the parameter change that a first-order estimate needs.
-Scoring itself steps with `torch.optim.AdamW`, which computes the same.
+"""The one AdamW step on a probing example (paper section 3.2; Loshchilov & Hutter 2019): its settings, the clipping
+before it, and sums over flat buffers that keep their digits. The step itself is torch's.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,19 +67,22 @@ def exact_norm(flat: Tensor) -> Tensor:
     return norm
 
 
-def adamw_change(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, settings: AdamW) -> Tensor:
-    """What one AdamW step adds to `weight`, given the moments before it and an already clipped gradient.
+CHUNK = {"cpu": 2**19, "cuda": 2**26}
+"""Weights worked on at once: what a core's cache, or a corner of a GPU's memory, holds of the temporary tensors."""
 
-    All tensors have one shape; none is changed. A zero gradient does not give a zero change: the momentum of the
-    earlier steps goes on moving the weights, and weight decay shrinks them.
+
+def chunks(*buffers: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same parts of flat buffers of one length, one after the other; as large as suits the first one's device."""
+    return zip(*(buffer.split(CHUNK[buffers[0].device.type]) for buffer in buffers), strict=True)
+
+
+def change_along(after: Tensor, before: Tensor, slopes: Tensor) -> Tensor:
+    """Inner product (float64 scalar) of a change and slopes, flat float32 buffers; `before` may be in host memory.
+
+    By chunks, whose products are summed in float64: one float32 sum over all weights of a model would lose digits, and
+    CUDA's takes no more than 2^31 of them.
     """
-    beta1, beta2 = settings.betas
-    step = settings.step + 1
-    mean = (beta1 * exp_avg + (1 - beta1) * gradient) / (1 - beta1**step)
-    variance = (beta2 * exp_avg_sq + (1 - beta2) * gradient.square()) / (1 - beta2**step)
-    return -settings.learning_rate * (settings.weight_decay * weight + mean / (variance.sqrt() + settings.eps))
-
-
-def null_step_change(weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, settings: AdamW) -> Tensor:
-    """`adamw_change` for a zero gradient: the drift that `baseline: null_step` takes out of every score."""
-    return adamw_change(weight, torch.zeros_like(weight), exp_avg, exp_avg_sq, settings)
+    total = torch.zeros((), dtype=torch.float64, device=after.device)
+    for new, old, slope in chunks(after, before, slopes):
+        total += torch.dot(new - old.to(new.device), slope)
+    return total

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from montessori_ray.influence.fingerprint import checksum, generator_states, set_generator_states
 from montessori_ray.influence.moments import MOMENTS, ReadMoment
+from montessori_ray.influence.update import change_along
 
 DEEPSPEED_VERSION = "0.19.8"
 """The release whose partition layout `masters` knows."""
@@ -153,14 +154,29 @@ class EngineState:
         scale = 1 - self._engine.basic_optimizer.param_groups[0]["betas"][0]
         return [moment / scale for moment in moments]
 
+    def drop_gradients(self) -> None:
+        """Forget what an interrupted backward pass or step has left in the engine.
+
+        On several ranks that helps only where all were interrupted alike: others wait in a collective.
+        """
+        self._engine.zero_grad()
+        if self._engine.zero_optimization_stage() == 0:
+            return
+        zero = self._engine.optimizer
+        zero.zero_grad(set_to_none=True)
+        for bucket in zero.ipg_buckets.values():
+            bucket.params.clear()
+            bucket.elements = 0
+        zero.averaged_gradients.clear()
+        zero.backward_active_depth = 0
+
     @torch.no_grad()
     def change_along(self, gradient: list[Tensor]) -> float:
         """Inner product of a gradient, as `gradient` returns it, with how far the masters are from the saved ones."""
         saved = self._saved[:: len(self._saved) // len(self._masters)]
         total = torch.zeros((), dtype=torch.float64, device=self._engine.device)
         for master, before, slopes in zip(self._masters, saved, gradient, strict=True):
-            step = master.tensor - before.to(master.tensor.device)
-            total += torch.dot(step.flatten(), slopes.flatten())
+            total += change_along(master.tensor.detach().flatten(), before.flatten(), slopes.flatten()).to(total.device)
         if self._engine.zero_optimization_stage() > 0:  # each rank has its own part
             dist.all_reduce(total)
         return total.item()

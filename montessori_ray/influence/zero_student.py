@@ -111,9 +111,13 @@ class ZeroStudent:
                 self._engine.set_gradient_accumulation_boundary(number == len(reference.batches))
                 self._engine.backward(loss)
 
-        gradient = self._state.gradient(backward)
-        self.restore()
-        return gradient
+        try:
+            return self._state.gradient(backward)
+        except BaseException:
+            self._state.drop_gradients()
+            raise
+        finally:
+            self.restore()
 
     def change_along(self, gradient: list[Tensor]) -> float:
         return self._state.change_along(gradient)
@@ -125,9 +129,13 @@ class ZeroStudent:
     def _apply(self, loss: Tensor) -> None:
         """Backward pass and AdamW step."""
         skipped = self._engine.skipped_steps
-        self._engine.backward(loss)
-        self._engine.step()
-        self._wait()
+        try:
+            self._engine.backward(loss)
+            self._engine.step()
+            self._wait()
+        except BaseException:
+            self._state.drop_gradients()  # or the next example would add to what there is of this one's
+            raise
         if self._engine.skipped_steps != skipped:
             raise NotFiniteError("gradient of the example is not finite")
 

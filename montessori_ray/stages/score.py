@@ -109,10 +109,11 @@ def summarise(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def score_probing_set(context: StageContext) -> dict[str, Any]:
-    """Influence of the probing set; says so when all scores have one sign, since no pair can come of that."""
+    """Influence of the probing set; says so when all scores have one sign, where no pair can come of that."""
     details = score(context)
-    share, baseline = details.get("share_helpful"), context.config.score.baseline
-    if share in (0.0, 1.0):
+    share, baseline, pair = details.get("share_helpful"), context.config.score.baseline, context.config.pair
+    by_sign = pair.signal in ("influence", "shuffled_labels") and pair.threshold == "baseline"
+    if share in (0.0, 1.0) and by_sign:
         hint = "set score.baseline=null_step" if baseline == "warmed" else "see docs/settings.md on warm-up rates"
         context.note(
             f"all {details['scored']} scores have one sign with score.baseline={baseline}, so no few-shot prompt has "

@@ -16,7 +16,7 @@ from typing import Any, cast
 import ray
 import torch
 from ray import cloudpickle
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.train import UserCallback
 from ray.train.torch import TorchConfig
 from ray.train.v2._internal.exceptions import (
@@ -43,6 +43,9 @@ without limit, which hangs where they never come."""
 
 POLL_S = 0.5
 """Seconds between looks at a run, for the driver (Ctrl-C) and for Ray Train's controller (its default is 2)."""
+
+DRIVER_RETRIES = 3
+"""Times a run's own process, or Ray Train's controller, is started again when it dies: no failure of the workers."""
 
 STOP_TIMEOUT_S = 20
 """Seconds a cancelled run may take to stop its workers before its process is killed."""
@@ -83,7 +86,7 @@ def run_training(
     training = start_training(
         loop, settings, name=name, storage=storage, workers=workers, worker=worker, max_failures=max_failures
     )
-    return training_result(training)
+    return training_result(training, name)
 
 
 def start_training(
@@ -101,14 +104,15 @@ def start_training(
 
     `on_failure` is called, in a process of Ray Train's, as soon as a worker has died or raised, before it is replaced.
     """
-    fit = _fit.options(name=f"train:{name}", max_retries=max_failures)
+    # What a user did wrong comes out of it as `TrainingFailed`, which is not tried again.
+    fit = _fit.options(name=f"train:{name}", max_retries=DRIVER_RETRIES, retry_exceptions=[RayActorError])
     # As bytes: only the workers import what the loop needs, not the two processes of Ray Train between here and them.
     call = cloudpickle.dumps((loop, settings))
     return fit.remote(call, name, storage, workers, worker, max_failures, on_failure)
 
 
-def training_result(training: ray.ObjectRef[dict[str, Any]]) -> dict[str, Any]:
-    """Wait for a started run; an exception here stops the run and frees its workers before it goes on.
+def training_result(training: ray.ObjectRef[dict[str, Any]], name: str) -> dict[str, Any]:
+    """Wait for the started run `name`; an exception here stops the run and frees its workers before it goes on.
 
     Raises:
         TrainingFailed: see the class.
@@ -122,12 +126,23 @@ def training_result(training: ray.ObjectRef[dict[str, Any]]) -> dict[str, Any]:
     except RayTaskError as error:
         if isinstance(error.cause, TrainingFailed):
             raise error.cause from None
+        if isinstance(error.cause, RayError):
+            raise _driver_died(name, error.cause) from None
         raise
+    except RayError as error:
+        raise _driver_died(name, error) from None
     except KeyboardInterrupt:
         raise  # the driver ends, and Ray ends with it all that it started; see `stop_training` on cancelling
     except BaseException:
         stop_training(training)
         raise
+
+
+def _driver_died(name: str, error: RayError) -> TrainingFailed:
+    return TrainingFailed(
+        f"the process that drives training {name} died for good ({type(error).__name__}: killed, out of memory, or its "
+        "node was lost): give its node more memory, then start the same command again, which continues"
+    )
 
 
 def stop_training(*trainings: ray.ObjectRef[dict[str, Any]]) -> None:

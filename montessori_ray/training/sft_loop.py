@@ -1,7 +1,8 @@
 """Fine-tuning on one rank of a Ray Train run, around a DeepSpeed engine; `train` reads top to bottom.
 
 Data order, learning rate and dropout are functions of the seed and the step number, so a checkpoint is the engine's
-state and a few counters, and a continued training makes the same weights, bit for bit, as one that was never stopped.
+state and a few counters, and a continued training makes the same weights as one that was never stopped: bit for bit on
+CPUs; on GPUs a backward pass may not repeat its last bits.
 
 The loss of a step is the mean over all response tokens of its batch, whatever the micro-batches and ranks: every rank
 knows the batch's number of tokens, weights its sums by `ranks / tokens`, and DeepSpeed's mean over ranks takes the

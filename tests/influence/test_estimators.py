@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from montessori_ray.influence import reference
 from montessori_ray.influence.estimators import Baseline, Corrected, FirstOrder
 from montessori_ray.influence.reference import ReferenceSet
 from montessori_ray.training.chat import Encoded
@@ -16,6 +17,7 @@ from tests.influence.conftest import (
     EXAMPLES,
     REFERENCE,
     RULE,
+    VOCAB,
     Backend,
     exact,
     loss_of,
@@ -77,6 +79,15 @@ def test_first_order_is_the_gradient_times_the_step(
         assert score.influence == pytest.approx(expected, rel=1e-3, abs=1e-7)
         assert score.influence_se is None
         assert score.estimator == "first_order"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_in_chunks_give_the_same_scores(warmed: Path, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once = first_order(warmed, backend, "null_step")
+    expected = [at_once.score(example).influence for example in EXAMPLES]
+    monkeypatch.setattr(reference, "CHUNK_LOGITS", 2 * VOCAB)
+    chunked = first_order(warmed, backend, "null_step")
+    assert [chunked.score(example).influence for example in EXAMPLES] == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("backend", [None, 0])

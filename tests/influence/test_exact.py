@@ -1,8 +1,11 @@
 """Exact scores against an independent transcription of the definition in plain PyTorch; restoring; poison."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +13,9 @@ from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
 from montessori_ray.errors import ModelError
+from montessori_ray.influence import local_student
 from montessori_ray.influence.estimators import Example
+from montessori_ray.influence.local_student import LocalStudent
 from montessori_ray.influence.reference import LossMean
 from montessori_ray.influence.update import AdamW
 from montessori_ray.influence.zero_student import ZeroStudent
@@ -97,6 +102,37 @@ def test_scores_equal_the_definition(
             assert score.influence_se == pytest.approx(float(differences.std() / len(REFERENCE) ** 0.5), abs=1e-6)
 
 
+@contextmanager
+def interrupted(tried: Any, place: str) -> Iterator[None]:
+    """Something fails in the forward pass, in the middle of the backward pass, or in the optimizer's step."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    def fail_later(module: Any, inputs: Any, output: torch.Tensor) -> None:
+        output.register_hook(fail)
+
+    here = isinstance(tried, LocalStudent)
+    layers = (tried._modules["warmed"] if here else tried._module).model.get_decoder().layers
+    with pytest.MonkeyPatch.context() as patch:
+        if place == "step":
+            patch.setattr(*((local_student, "adamw") if here else (tried._engine.basic_optimizer, "step")), fail)
+        hook = layers[0].register_forward_hook({"forward": fail, "backward": fail_later}.get(place, lambda *_: None))
+        yield
+        hook.remove()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("place", ["forward", "backward", "step"])
+def test_an_interruption_leaves_no_trace(warmed: Path, backend: Backend, place: str) -> None:
+    tried = student(warmed, backend)
+    estimator = exact(tried)
+    expected = [estimator.score(example).loss_after for example in EXAMPLES[:2]]
+    with interrupted(tried, place), pytest.raises(RuntimeError):
+        estimator.score(EXAMPLES[2])
+    assert [estimator.score(example).loss_after for example in EXAMPLES[:2]] == expected
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_restore_is_bit_exact(warmed: Path, backend: Backend) -> None:
     tried, reference = student(warmed, backend), reference_set()
@@ -116,6 +152,13 @@ def test_restore_is_bit_exact(warmed: Path, backend: Backend) -> None:
     tried.reference_gradient(reference)
     assert tried.digest() == digest
     assert torch.equal(tried.reference_losses(reference), losses)
+
+
+@pytest.mark.parametrize("backend", [None, 0])
+def test_a_student_without_a_finite_loss_scores_nothing(warmed: Path, backend: Backend) -> None:
+    diverging = student(warmed, backend, replace(RULE, learning_rate=float("inf")))
+    with pytest.raises(ModelError, match=r"reference loss is 4\.\d+, and nan after a step.*diverged.*learning_rate"):
+        exact(diverging)
 
 
 def test_scores_do_not_depend_on_their_neighbours(warmed: Path) -> None:

@@ -1,9 +1,11 @@
-"""When another scoring group is worth starting: a table."""
+"""When another scoring group is worth starting: a table; and how long none need be heard of."""
 
 from __future__ import annotations
 
 import pytest
 
+from montessori_ray.config import Score
+from montessori_ray.influence.driver import LOAD_S, patience
 from montessori_ray.influence.group_runs import groups_to_start
 
 
@@ -26,3 +28,8 @@ def test_groups_that_are_worth_starting(
 ) -> None:
     found = groups_to_start(places=places, running=running, placed=placed, room=room, leases=leases)
     assert found == start
+
+
+def test_a_short_lease_leaves_time_to_load_the_student() -> None:
+    assert patience(Score(lease_timeout_s=1, max_group_failures=0)) > LOAD_S
+    assert patience(Score(lease_timeout_s=10_000)) > 20_000

@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
 
-from montessori_ray.influence.ledger import MAX_DEATHS, WAIT, Lease, Ledger, Outstanding
+from montessori_ray.influence.ledger import ALONE_DEATHS, WAIT, Lease, Ledger, Outstanding
 
 GROUPS = ("a", "b", "c")
 TIMEOUT = 10.0
@@ -89,29 +90,54 @@ def test_a_dead_groups_leases_return_at_once() -> None:
     assert isinstance(lease, Lease)
     ledger.commit(lease.id, done(lease)[:1])
     ledger.release("a")
-    assert ids(ledger.lease("b")) == ["e1", "e2"]
+    assert ids(ledger.lease("b")) == ["e2"]
+    assert ledger.lease("b") is WAIT, "a suspect is for a group that holds nothing else"
+    assert ids(ledger.lease("c")) == ["e1"]
 
 
-def test_an_example_that_kills_its_groups_is_given_up() -> None:
-    ledger, _ = ledger_of(3, lease_size=3)
-    for _ in range(MAX_DEATHS):
-        lease = ledger.lease("a")
+def score_all(ledger: Ledger, culprits: set[str], unsent: int = 0) -> int:
+    """One group, which dies over the culprits and keeps so many finished rows back; returns how often it died."""
+    deaths, lease = 0, ledger.lease("a")
+    while isinstance(lease, Lease):
+        following = None if lease.alone else ledger.lease("a")
+        before = [row["example_id"] in culprits for row in lease.examples]
+        if any(before):
+            ledger.commit(lease.id, done(lease)[: max(0, before.index(True) - unsent)])
+            ledger.release("a")
+            deaths += 1
+            following = None
+        else:
+            ledger.commit(lease.id, done(lease))
+        lease = following if isinstance(following, Lease) else ledger.lease("a")
+    return deaths
+
+
+@pytest.mark.parametrize("lease_size", [1, 2, 5, 20])
+@pytest.mark.parametrize("unsent", [0, 1, 20])
+@pytest.mark.parametrize("culprit", ["e0", "e4", "e9", "e11"])
+def test_only_the_example_that_kills_its_groups_is_given_up(lease_size: int, unsent: int, culprit: str) -> None:
+    ledger, _ = ledger_of(12, lease_size)
+    assert score_all(ledger, {culprit}, unsent) == 1 + ALONE_DEATHS
+    rows = {row["example_id"]: row.get("quarantine") for row in ledger.drain()}
+    assert len(rows) == 12
+    assert {example_id for example_id, reason in rows.items() if reason} == {culprit}
+    assert rows[culprit] == "its scoring group died 2 times while scoring it and nothing else"
+
+
+def test_of_several_such_examples_each_is_found() -> None:
+    ledger, _ = ledger_of(12, 3)
+    score_all(ledger, {"e2", "e3", "e8"}, 2)
+    assert {row["example_id"] for row in ledger.drain() if row.get("quarantine")} == {"e2", "e3", "e8"}
+
+
+def test_no_example_of_a_bigger_lease_is_blamed_however_often_groups_are_killed() -> None:
+    ledger, _ = ledger_of(40, lease_size=4)
+    for _ in range(5):
+        ledger.lease("a"), ledger.lease("a")
         ledger.release("a")
-    assert ids(lease) == ["e0", "e1", "e2"]
-    (row,) = ledger.drain()
-    assert (row["example_id"], row["influence"]) == ("e0", None)
-    assert "died 3 times" in row["quarantine"]
-    assert ids(ledger.lease("a")) == ["e1", "e2"]
-
-
-def test_only_the_example_at_work_is_blamed_for_a_death() -> None:
-    """A group asks for its next lease while it scores the last example of one."""
-    ledger, _ = ledger_of(4, lease_size=2)
-    for _ in range(MAX_DEATHS):
-        first, second = ledger.lease("a"), ledger.lease("a")
-        ledger.release("a")
-    assert (ids(first), ids(second)) == (["e0", "e1"], ["e2", "e3"])
-    assert [row["example_id"] for row in ledger.drain()] == ["e0"]
+    assert (ledger.drain(), ledger.open(), ledger.backlog()) == ([], 40, 40)
+    assert score_all(ledger, set()) == 0
+    assert len(ledger.drain()) == 40
 
 
 def test_a_group_that_lets_a_lease_run_out_is_late_until_it_asks_again_or_dies() -> None:

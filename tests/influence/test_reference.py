@@ -19,7 +19,14 @@ from transformers import (
 
 from montessori_ray.errors import DataError
 from montessori_ray.influence import reference
-from montessori_ray.influence.reference import ReferenceSet, ResponseLoss, influence_and_se, row_weights
+from montessori_ray.influence.reference import (
+    ChunkedCrossEntropy,
+    ReferenceSet,
+    ResponseLoss,
+    influence_and_se,
+    require_responses,
+    row_weights,
+)
 from montessori_ray.training.chat import Encoded
 
 VOCAB = 97
@@ -91,6 +98,30 @@ def test_gradient_equals_the_models_own() -> None:
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_a_gradient_holds_one_chunk_of_logits_and_is_the_same(bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "CHUNK_LOGITS", 8 * VOCAB)
+    head = ChunkedCrossEntropy(torch.nn.Linear(16, VOCAB))
+
+    def gradients() -> tuple[list[torch.Tensor], int]:
+        """Of states and embedding, and the numbers kept for the backward pass."""
+        states = torch.randn(60, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        kept: dict[int, int] = {}
+        with (
+            torch.autograd.graph.saved_tensors_hooks(
+                lambda x: kept.update({x.data_ptr(): x.numel()}) or x, lambda x: x
+            ),
+            torch.autocast("cpu", torch.bfloat16, enabled=bfloat16),
+        ):
+            losses = head(states, torch.arange(60))
+        return list(torch.autograd.grad(losses.mean(), [states, head.weight, head.bias])), sum(kept.values())
+
+    (again, few), _ = gradients(), monkeypatch.setattr(reference, "checkpoint", lambda f, *chunk, **_: f(*chunk))
+    at_once, many = gradients()
+    assert all(map(torch.equal, again, at_once))
+    assert few < 60 * VOCAB < many
+
+
 def test_batches_keep_to_the_budget() -> None:
     batches = ReferenceSet(random_rows([3, 17, 9, 2, 30, 11, 17]), 40, 0).batches
     assert sorted(row for batch in batches for row in batch.rows) == list(range(7))
@@ -111,8 +142,11 @@ def test_ranks_split_the_rows_and_run_the_same_passes(world: int) -> None:
 
 
 def test_a_row_without_response_is_refused() -> None:
-    with pytest.raises(DataError, match="reference row 1 has no response token"):
-        ReferenceSet([*random_rows([5]), Encoded([1, 2, 3], [-100, -100, -100])], 40, 0)
+    rows, encoded = [{"instruction": "a"}, {"instruction": "b" * 90}], [*random_rows([5]), Encoded([1, 2], [-100] * 2)]
+    with pytest.raises(DataError, match=r"^row 1 \('b{60}'\) has no response token within student.max_length: raise"):
+        require_responses(rows, encoded)
+    with pytest.raises(DataError, match=r"^row held-out-7 \("):
+        require_responses([rows[0], {**rows[1], "example_id": "held-out-7"}], encoded)
     with pytest.raises(DataError, match="empty"):
         ReferenceSet([], 40, 0)
 

@@ -4,16 +4,19 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import torch
 
 from montessori_ray.config import Score
-from montessori_ray.errors import ModelError
+from montessori_ray.errors import DataError, ModelError
+from montessori_ray.influence.estimators import Exact, Measured
 from montessori_ray.influence.scorer import Scorer
 from montessori_ray.influence.zero_state import leaves_room
 from montessori_ray.preferences import build_pairs
 from montessori_ray.stages.score import summarise
-from tests.tiny import rows, write_student
+from tests.tiny import TEMPLATE, rows, write_student
 
 pytestmark = pytest.mark.usefixtures("alone")
 REFERENCE, EXAMPLES = rows(12, 10_000), rows(6, 0)
@@ -28,10 +31,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def scorer(tiny: Path) -> Callable[..., Scorer]:
-    def make(student: Path = tiny, **settings: Any) -> Scorer:
-        return Scorer(
-            student, REFERENCE, Score(reference_tokens=64, **settings), chat_template=None, max_length=64, worker="me"
-        )
+    def make(student: Path = tiny, chat_template: str | None = None, **settings: Any) -> Scorer:
+        given = Score(reference_tokens=64, **settings)
+        return Scorer(student, REFERENCE, given, chat_template=chat_template, max_length=64, worker="me")
 
     return make
 
@@ -59,6 +61,14 @@ def test_a_recheck_is_exact_in_float32(scorer: Callable[..., Scorer], backend: s
         assert score.influence == pytest.approx(expected, abs=0.2)
 
 
+def test_every_reference_row_is_checked_not_only_those_that_are_drawn(tiny: Path) -> None:
+    for bad in (0, 5, 11):
+        reference: list[dict[str, Any]] = [*rows(12, 10_000)]
+        reference[bad]["instruction"] = " ".join(["w7"] * 100)
+        with pytest.raises(DataError, match=f"^row e{bad:03d} \\('w7 w7"):
+            Scorer(tiny, reference, Score(reference_rows=2), chat_template=None, max_length=64, worker="me")
+
+
 def test_fewer_reference_rows_are_the_same_ones_every_time(scorer: Callable[..., Scorer]) -> None:
     few = influences(scorer(reference_rows=4))
     assert few == influences(scorer(reference_rows=4))
@@ -84,6 +94,19 @@ def test_poison_is_quarantined_with_its_reason_and_leaves_no_trace(scorer: Calla
         poisoned = made.score({**EXAMPLES[1], **change})
         assert (poisoned.quarantine, poisoned.influence) == (reason, None)
         assert made.score(EXAMPLES[0]).influence == good
+
+
+def test_white_space_is_taken_off_and_what_the_template_cannot_render_is_quarantined(
+    scorer: Callable[..., Scorer],
+) -> None:
+    made = scorer(chat_template=TEMPLATE.replace("<{{", "{{ '<end>' if m.content[0] == ' ' or m.content == 'w9' }}<{{"))
+    good = made.score(EXAMPLES[0])
+    padded = {"instruction": f"  {EXAMPLES[0]['instruction']}\n", "response": f"  {EXAMPLES[0]['response']}\n"}
+    assert made.score({**EXAMPLES[0], **padded}).influence == good.influence is not None
+    bad = made.score({**EXAMPLES[0], "response": "w9"})
+    assert bad.quarantine is not None
+    assert bad.quarantine.startswith("the chat template renders a conversation that does not begin with the same")
+    assert made.score(EXAMPLES[0]).influence == good.influence
 
 
 def test_a_response_too_long_is_scored_as_far_as_it_fits(scorer: Callable[..., Scorer]) -> None:
@@ -156,3 +179,36 @@ def test_moments_may_lie_elsewhere_or_be_fresh(scorer: Callable[..., Scorer], ti
     fresh = influences(scorer(bare, learning_rate=1e-3))
     assert fresh == influences(scorer(optimizer_state="none", learning_rate=1e-3))
     assert fresh != influences(scorer(learning_rate=1e-3))
+
+
+@pytest.mark.parametrize("backend", ["local", "zero"])
+def test_scoring_leaves_the_process_its_random_numbers_and_its_precision(
+    scorer: Callable[..., Scorer], backend: str
+) -> None:
+    torch.manual_seed(5)
+    undisturbed = torch.rand(3).tolist()
+    torch.manual_seed(5)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        made = scorer(backend=backend, verify_every=1)
+        drawn = []
+        for example in EXAMPLES[:3]:
+            drawn.append(torch.rand(1).item())
+            assert made.score({**example, "recheck": True}).quarantine is None
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert drawn == undisturbed
+
+
+def test_a_recheck_that_fails_leaves_the_precision_as_it_was(
+    scorer: Callable[..., Scorer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = scorer(precision="bfloat16")
+    expected = made.score({**EXAMPLES[0], "recheck": True})
+    with monkeypatch.context() as patch:
+        patch.setattr(Exact, "_measure", Mock(side_effect=[Measured(0.0, 0.0), KeyboardInterrupt]))
+        with pytest.raises(KeyboardInterrupt):
+            made.score({**EXAMPLES[1], "recheck": True})
+    assert made.score(EXAMPLES[0]).influence == expected.influence

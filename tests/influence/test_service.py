@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import ray
@@ -15,7 +16,7 @@ import torch
 from montessori_ray.config import Score
 from montessori_ray.errors import ConfigError, DataError, ModelError
 from montessori_ray.influence.scorer import Scorer, join_alone, leave
-from montessori_ray.influence.service import require_rows, start_scoring_actor
+from montessori_ray.influence.service import CALL_RETRIES, ScoringActor, require_rows, start_scoring_actor
 from tests.tiny import rows, write_student
 
 REFERENCE = rows(11, 10_000)
@@ -53,6 +54,16 @@ def test_a_row_that_is_no_example_is_named(row: dict[str, Any], said: str) -> No
 def test_several_ranks_are_refused() -> None:
     with pytest.raises(ConfigError, match="group_size is 2, a scoring actor is one process"):
         start_scoring_actor("student", REFERENCE, Score(group_size=2))
+
+
+def test_a_call_that_kills_its_process_is_not_repeated_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = Mock()
+    monkeypatch.setattr(ScoringActor, "options", options)
+    monkeypatch.setattr(ray, "get", Mock())
+    start_scoring_actor("student", REFERENCE, SETTINGS)
+    told = options.call_args.kwargs
+    assert (told["max_restarts"], told["max_task_retries"]) == (-1, CALL_RETRIES)
+    assert 0 < CALL_RETRIES < 10
 
 
 @pytest.mark.slow

@@ -1,13 +1,15 @@
 """Ray Train runs that fail or cannot be placed. The loops are closures: pickled by value."""
 
 import os
+from unittest.mock import Mock
 
 import pytest
 import ray
+from ray.exceptions import ActorDiedError, GetTimeoutError, NodeDiedError, RayTaskError, WorkerCrashedError
 
 from montessori_ray.config import WorkerResources
 from montessori_ray.errors import ModelError
-from montessori_ray.training.ray_train import TrainingFailed, run_training, start_training, training_result
+from montessori_ray.training.ray_train import TrainingFailed, _fit, run_training, start_training, training_result
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +20,32 @@ def cluster():
     yield
     ray.shutdown()
     del os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [WorkerCrashedError(), NodeDiedError("gone"), RayTaskError("train:a", "-", ActorDiedError()).as_instanceof_cause()],
+)
+def test_the_death_of_the_process_that_drives_a_run_is_a_failed_run(monkeypatch, error):
+    monkeypatch.setattr(ray, "get", Mock(side_effect=[GetTimeoutError, error]))
+    with pytest.raises(TrainingFailed, match=r"^the process that drives training a died for good \(.*(Died|Crashed)"):
+        training_result(None, "a")
+
+
+def test_a_mistake_in_the_code_is_none(monkeypatch):
+    error = RayTaskError("train:a", "-", ZeroDivisionError()).as_instanceof_cause()
+    monkeypatch.setattr(ray, "get", Mock(side_effect=error))
+    with pytest.raises(ZeroDivisionError):
+        training_result(None, "a")
+
+
+def test_a_run_without_failures_of_its_workers_survives_those_of_its_driver(monkeypatch):
+    options = Mock(side_effect=_fit.options)
+    monkeypatch.setattr(_fit, "options", options)
+    monkeypatch.setattr(ray.remote_function.RemoteFunction, "_remote", Mock())
+    start_training(dict, {}, name="a", storage="", workers=1, worker=WorkerResources(), max_failures=0)
+    assert options.call_args.kwargs["max_retries"] > 0
+    assert not any(issubclass(TrainingFailed, kind) for kind in options.call_args.kwargs["retry_exceptions"])
 
 
 @pytest.mark.slow
@@ -37,7 +65,7 @@ def test_two_runs_at_once_have_their_threads_and_return_what_rank_0_does(cluster
         for index in range(2)
     ]  # fmt: skip
     expected = {"rank": 0, "world": 1, "threads": 1, "accelerator": "cpu"}
-    assert [training_result(run) for run in runs] == [expected | {"given": 0}, expected | {"given": 1}]
+    assert [training_result(run, "run") for run in runs] == [expected | {"given": 0}, expected | {"given": 1}]
 
 
 @pytest.mark.slow
