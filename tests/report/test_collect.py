@@ -224,13 +224,14 @@ def test_time_and_cost(finished: tuple[RunWriter, Report]) -> None:
 def test_every_kind_of_stage_is_the_work_it_does() -> None:
     """A kind that is missing in `WORK` would count as work on data."""
     judge = {"model": "pool"}
-    judged = load_config(QUICKSTART).model_dump() | {"evaluate": {"fresh": 16, "judge": judge}}
+    plain = load_config(QUICKSTART).model_dump()
+    judged = plain | {"evaluate": {"fresh": 16, "judge": judge}}
     arms = {
         "self_instruct": {"tune_teacher.tunes": "nothing", "training_select": "most_helpful"},
         "montessori": {"pair.signal": "llm_judge", "pair.judge": judge},
         "responses": {"tune_teacher.tunes": "response"},
     }
-    compared = Config.model_validate(judged | {"compare": {"arms": arms, "against": "self_instruct"}})
+    compared = Config.model_validate(plain | {"compare": {"arms": arms, "against": "self_instruct"}})
     kinds = {stage.kind for stage in [*stages_of(Config.model_validate(judged)), *stages_of_comparison(compared)]}
     assert kinds - WORK.keys() == {
         "seeds", "reference", "held_out", "teacher", "student", "warmup_set", "probing_set", "fresh_set", "pair",
