@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from montessori_ray.report import plots
 from montessori_ray.report.html import figure, figures, join, paragraph, table
-from montessori_ray.report.results import Mean, Sentence
+from montessori_ray.report.results import SMALLEST_INFLUENCE, Mean, Sentence
 from montessori_ray.report.source import Source
 from montessori_ray.report.words import NONE, Scale, percent
 from montessori_ray.telemetry.console import say_counts
@@ -19,6 +19,9 @@ MEASURES = {
     "fresh_influence": ("Influence of fresh instructions", "change of the influence"),
 }
 """Measure of `stages.compare` -> its title, and what a difference is in."""
+
+SMALLEST = {"held_out_loss": 0.01, "fresh_influence": SMALLEST_INFLUENCE}
+"""Measure -> the size below which its numbers are given in powers of ten."""
 
 AS_THEY_ARE = ("arm", "measure", "category", "models", "value", "value_se", "value_by_model", "share_helpful")
 """Columns of a measure's row that `Arm` has as fields."""
@@ -146,7 +149,7 @@ def named(arm: str) -> str:
 def _forest(found: Arms, measure: str) -> Markup:
     title, unit = MEASURES[measure]
     changed = [(arm, arm.difference) for arm in found.of(measure) if arm.difference]
-    scale = Scale.of(*(end for _, change in changed for end in (change.low, change.high)))
+    scale = Scale.of(*(end for _, change in changed for end in (change.low, change.high)), smallest=SMALLEST[measure])
     rows = [
         plots.Interval(
             label=named(arm.arm), mean=change.mean, low=change.low, high=change.high,
@@ -161,8 +164,9 @@ def _forest(found: Arms, measure: str) -> Markup:
 
 def _table(found: Arms, measure: str) -> Markup:
     arms_of = found.of(measure)
-    values = Scale.of(*(arm.value for arm in arms_of))
-    changes = Scale.of(*(end for arm in arms_of if arm.difference for end in (arm.difference.low, arm.difference.high)))
+    values = Scale.of(*(arm.value for arm in arms_of), smallest=SMALLEST[measure])
+    ends = (end for arm in arms_of if arm.difference for end in (arm.difference.low, arm.difference.high))
+    changes = Scale.of(*ends, smallest=SMALLEST[measure])
     title, _ = MEASURES[measure]
     rows = [
         (
@@ -215,14 +219,14 @@ def _data(data: Sequence[Data]) -> Markup:
         (
             named(arm.arm), f"{arm.parse_rate:.1%}", f"{arm.duplicate_rate:.1%}",
             NONE if arm.self_rouge_l is None else f"{arm.self_rouge_l:.2f}", f"{arm.answer_tokens:.0f}",
-            f"{arm.near_reference:,} of {arm.kept:,}", f"{arm.near_held_out:,} of {arm.kept:,}",
+            f"{arm.near_reference:,} / {arm.near_held_out:,} of {arm.kept:,}",
             say_counts(arm.training_rows), say_counts(arm.training_tokens),
         )
         for arm in data
     ]  # fmt: skip
     heads = (
-        "arm", "parsed", "duplicates", "self-ROUGE-L", "tokens an answer", "near a reference row",
-        "near a held-out row", "training rows", "training tokens",
+        "arm", "parsed", "duplicates", "self-ROUGE-L", "tokens an answer", "near reference / held-out",
+        "training rows", "training tokens",
     )  # fmt: skip
     note = (
         f"What the teachers write afresh, and how much the students trained on. {_said_of_variety(data)} No set takes "
