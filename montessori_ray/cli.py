@@ -159,6 +159,8 @@ def stages(
     """List the stages and the artifacts they read and make; remove some to have them made again."""
     if (config is None) == (directory is None):
         raise ConfigError("give the settings as --config FILE, or a run directory as --run RUN")
+    if directory is not None and overrides:
+        raise ConfigError(f"--run takes the settings the run was started with: leave {' '.join(overrides)} out")
     settings: AnySettings
     if config is not None:
         settings = load_config(config, overrides)

@@ -9,11 +9,15 @@ from pathlib import Path
 
 import datasets
 import pytest
+import yaml
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from montessori_ray.artifacts.manifest import Identity
+from montessori_ray.artifacts.run import Run
 from montessori_ray.cli import app
+from montessori_ray.config import ScoreFiles
 
 ROOT = Path(__file__).parent.parent
 TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</s>{% endfor %}"
@@ -105,8 +109,8 @@ def test_a_row_without_room_for_its_response_is_named_before_anything_is_written
     path = jsonl(tmp_path / "rows.jsonl", rows)
     settings = [f"data.held_out.path={path}", "data.held_out.category=null", "student.drop_layers=[]"]
     said = refused(tmp_path / "run", *settings)
-    assert "of inputs/held_out ('word word" in said
-    assert "fills student.max_length 256 with its instruction alone" in said
+    assert "row held_out-000001 ('word word" in said
+    assert "has no response token within student.max_length" in said
     assert not (tmp_path / "run/iteration_00").exists()
 
 
@@ -118,6 +122,23 @@ def test_a_comparison_of_one_row_is_refused_before_anything_is_made(tmp_path: Pa
         settings = [f"data.{role}.rows=1", "student.drop_layers=[]"]
         assert f"inputs/{role} has one row, a comparison needs two" in refused(run, arms, *settings, command="compare")
         assert not (run / "iteration_00").exists()
+
+
+def test_a_run_directory_removes_by_its_own_settings_whatever_made_it(tmp_path: Path) -> None:
+    """What the refusal of other settings advises; runs of `montessori score` have no other config file."""
+    run = tmp_path / "run"
+    path = jsonl(tmp_path / "rows.jsonl", [{"instruction": "Say yes.", "response": "Yes."}])
+    files = {name: {"path": str(path), "response": "response"} for name in ("examples", "reference")}
+    job = ScoreFiles.model_validate({"run": str(run), "student": {"model": "a-student"}, "data": files})
+    artifact = Run(str(run)).artifact("inputs/reference")
+    artifact.begin(Identity(stage="inputs/reference", settings={}, inputs={}))
+    (run / "config.yaml").write_text(yaml.safe_dump(job.model_dump(mode="json")))
+    done = CliRunner().invoke(app, ["stages", "--run", str(run), "--remove", "inputs/reference"])
+    assert (done.exit_code, done.output) == (0, "removed inputs/reference\n")
+    assert artifact.made_from() is None
+    for wrong, said in (([], "as --config FILE, or"), (["--run", str(run), "seed=3"], "leave seed=3 out")):
+        done = CliRunner().invoke(app, ["stages", *wrong])
+        assert (done.exit_code, said in done.stderr) == (2, True), done.output
 
 
 def test_model_without_weights_tokenizer_template_or_context(tmp_path: Path, tiny_model: Path) -> None:

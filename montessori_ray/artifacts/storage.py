@@ -35,7 +35,6 @@ class Storage:
             self.fs, self.root = fsspec.core.url_to_fs(root)
         except (ImportError, ValueError) as error:
             raise RunError(f"cannot open {root}: {error}; give a folder or a URL fsspec knows (s3://, gs://)") from None
-        self.url = self.fs.unstrip_protocol(self.root)
 
     @property
     def is_local(self) -> bool:

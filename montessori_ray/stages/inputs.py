@@ -105,21 +105,17 @@ def require_measurable(config: AnySettings, student: Artifact, sets: Iterable[Ar
     comparison a set of one row, since a difference of one row has no interval.
 
     Raises:
-        DataError: names the set, and the row.
+        DataError: names the set or the row.
     """
-    from montessori_ray.training.chat import ChatFormat  # late: see stages/__init__.py
+    from montessori_ray.influence.reference import require_responses  # late: see stages/__init__.py
+    from montessori_ray.training.chat import ChatFormat
 
     chat = ChatFormat.load(student.model_path(), config.student.chat_template, config.student.max_length)
-    for rows in sets:
-        if isinstance(config, Config) and config.compare and rows.count() < 2:
-            raise DataError(f"{rows.name} has one row, a comparison needs two or more for an interval: add rows")
-        for row in rows.rows(["example_id", "instruction", "response"]):
-            if not chat.encode(row["instruction"], row["response"]).response_tokens:
-                raise DataError(
-                    f"row {row['example_id']} of {rows.name} ({row['instruction'][:40]!r}...) fills student.max_length "
-                    f"{config.student.max_length} with its instruction alone, so it has no loss: leave it out of the "
-                    "file, or raise student.max_length"
-                )
+    for artifact in sets:
+        rows = list(artifact.rows(["example_id", "instruction", "response"]))
+        if isinstance(config, Config) and config.compare and len(rows) < 2:
+            raise DataError(f"{artifact.name} has one row, a comparison needs two or more for an interval: add rows")
+        require_responses(rows, [chat.encode(row["instruction"], row["response"]) for row in rows])
 
 
 def _import_model(
