@@ -94,8 +94,7 @@ def cells_of(config: Config) -> list[Cell]:
     return [
         Cell(name, tuning_seed, student_seed, _arm_config(config, name, tuning_seed, student_seed))
         for name in settings.arms
-        for tuning_seed in settings.tuning_seeds
-        for student_seed in settings.student_seeds
+        for tuning_seed, student_seed in settings.seeds_of_cells
     ]
 
 

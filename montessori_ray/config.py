@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -576,7 +577,11 @@ class Compare(Section):
     tuning_seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     """Seeds of `tune_teacher.seed`: so many tuned teachers an arm."""
     student_seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
-    """Seeds of `train_student.seed`: so many students a teacher."""
+    """Seeds of `train_student.seed`: so many students a teacher where seeds are crossed."""
+    seeds: Literal["crossed", "paired"] = "crossed"
+    """`crossed` trains a student of every student seed on the data of every teacher; `paired` one student a teacher, of
+    the student seed at the tuning seed's place: where teachers differ more than students of one teacher, as many
+    students of different teachers say more (docs/results.md)."""
 
     @model_validator(mode="after")
     def _arms_are_arms(self) -> Self:
@@ -593,7 +598,19 @@ class Compare(Section):
         for seeds in (self.tuning_seeds, self.student_seeds):
             if len(set(seeds)) < len(seeds):
                 raise ValueError(f"seeds {list(seeds)} are not all different: a repeated one says nothing new")
+        tuning, student = len(self.tuning_seeds), len(self.student_seeds)
+        if self.seeds == "paired" and tuning != student:
+            raise ValueError(
+                f"seeds are paired, but there are {tuning} tuning_seeds and {student} student_seeds: "
+                "give as many of both"
+            )
         return self
+
+    @property
+    def seeds_of_cells(self) -> list[tuple[int, int]]:
+        """A tuning and a student seed for each cell of an arm."""
+        join = zip if self.seeds == "paired" else product
+        return list(join(self.tuning_seeds, self.student_seeds))
 
 
 class Config(Section):

@@ -74,6 +74,19 @@ def test_another_seed_changes_no_name() -> None:
     assert kinds(stages_of_comparison(comparison(student_seeds=(0, 1))))["tune_teacher"] == 2
 
 
+def test_paired_seeds_train_one_student_a_teacher_and_compare_student_with_student() -> None:
+    config = comparison(tuning_seeds=(0, 1, 2), student_seeds=(5, 6, 7), seeds="paired")
+    seeds = [(cell.tuning_seed, cell.student_seed) for cell in cells_of(config) if cell.arm == "montessori"]
+    assert seeds == [(0, 5), (1, 6), (2, 7)]
+    stages = kinds(stages_of_comparison(config))
+    assert (stages["tune_teacher"], stages["train_student"]) == (2 * 3, 3 + 2 * 3)
+
+
+def test_paired_seeds_are_as_many_of_both_kinds() -> None:
+    with pytest.raises(ValueError, match="seeds are paired, but there are 2 tuning_seeds and 1 student_seeds: give as"):
+        comparison(tuning_seeds=(0, 1), seeds="paired")
+
+
 def test_what_is_compared_with_what_and_arms_added_at_the_end_move_nothing() -> None:
     arms = ARMS | {"answers": {"responses_by": "original"}}
     before = {stage.output: stage for stage in stages_of_comparison(comparison(arms))}
