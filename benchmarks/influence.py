@@ -2,15 +2,18 @@
 
     python benchmarks/influence.py --json influence.json                    # the quickstart's student on CPUs
     python benchmarks/influence.py --rows FILE.jsonl --shape tinyllama      # real lengths, 1.1B random weights
+    python benchmarks/influence.py --precision bfloat16 float32             # both procedures in each
 
 The paper's procedure: for every point read weights and optimizer state from disk, take the step on a sequence padded to
 1,024 tokens, and run the reference rows in batches of 8 padded to 1,024, with logits everywhere. It is measured on
-`--paper-rows` reference rows and its evaluation scaled to all of them; everything else is measured as it is.
+`--paper-rows` reference rows and its evaluation scaled to all of them; everything else is measured as it is. In
+`bfloat16` its weights and moments are that, as published; ours are float32 always, and only passes are in bfloat16.
+The numbers of the first `--precision` are on top, those of others under `beside`.
 
 The quickstart's student is warmed up on a few rows first, so that its moments are real and what the cheap estimators
-say of the points can be compared with the exact scores. Floors count the operations that are needed (matrix products,
-causal attention, logits of response tokens) at the measured rate of the student's own products, and the bytes that a
-step must read and write at the measured rate of a copy.
+say of the points can be compared with the exact scores (in the most exact precision asked for). Floors count the
+operations that are needed (matrix products, causal attention, logits of response tokens) at the measured rate of the
+student's own products, and the bytes that a step must read and write at the measured rate of a copy.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,18 +34,23 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from montessori_ray.config import Score, WorkerResources
 from montessori_ray.influence.agreement import agreement
+from montessori_ray.influence.reference import Precision
 from montessori_ray.influence.scorer import Scorer, join_alone
 from montessori_ray.influence.update import OPTIMIZER_JSON, AdamW
 from montessori_ray.models import prune_layers, resolve_model
 from montessori_ray.training.chat import ChatFormat, Encoded, collate
 from montessori_ray.training.student_state import OPTIMIZER_TENSORS
+
+PRECISIONS: tuple[Precision, ...] = ("float32", "tf32", "bfloat16")
+"""The most exact first."""
 
 PADDED = 1024
 PAPER_BATCH = 8
@@ -61,6 +70,7 @@ RULE = AdamW(step=WARM_STEPS, learning_rate=1e-4, betas=(0.9, 0.999), eps=1e-8, 
 def main() -> None:
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)
+    disable_progress_bar()
     device = torch.device(arguments.device)
     rows = _rows(arguments.rows)
     reference, rest = rows[: arguments.reference], rows[arguments.reference :]
@@ -69,37 +79,74 @@ def main() -> None:
         sys.exit(f"{len(rows)} rows are too few for {arguments.reference} reference rows and 2 points")
     join_alone()
     with TemporaryDirectory() as folder:
-        student = _student(Path(folder), arguments.shape, warm_up)
-        result: dict[str, Any] = {
-            "machine": _machine(device, arguments.threads),
-            "student": arguments.shape,
-            "reference_rows": len(reference),
-            "points": len(examples),
-            "seconds": {
-                "paper": _paper(student, reference[: arguments.paper_rows], len(reference), examples[:3], device)
-            },
+        student = _student(Path(folder) / "student", arguments.shape, warm_up)
+        measured = {name: _measured(student, reference, examples, name, arguments) for name in arguments.precision}
+    influences = {name: found.pop("influences") for name, found in measured.items()}
+    gold = influences[min(influences, key=PRECISIONS.index)]["exact"]
+    for name, found in measured.items():
+        found["agreement_with_exact"] = {
+            estimator: _agreement(values, gold) for estimator, values in influences[name].items() if values is not gold
         }
-        influences: dict[str, list[float]] = {}
-        for estimator in ("exact", "first_order", "corrected"):
-            result["seconds"][estimator], influences[estimator] = _ours(
-                student, reference, examples, estimator, arguments
-            )
-        result["agreement_with_exact"] = _agreement(influences)
-        result |= _floor(student, reference, examples, device)
-    _ratios(result)
+    result: dict[str, Any] = {
+        "machine": _machine(device, arguments.threads),
+        "student": arguments.shape,
+        "reference_rows": len(reference),
+        "points": len(examples),
+        **measured.pop(arguments.precision[0]),
+        "beside": measured,
+    }
     _print(result)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
+def _measured(
+    student: Path, reference: list[Any], examples: list[Any], precision: Precision, arguments: Any
+) -> dict[str, Any]:
+    """Both procedures and the floors in one precision."""
+    device = torch.device(arguments.device)
+    published = _in_bfloat16(student) if precision == "bfloat16" else student
+    result: dict[str, Any] = {"precision": precision, "seconds": {}, "influences": {}}
+    with _matmuls(precision):
+        few = reference[: arguments.paper_rows]
+        result["seconds"]["paper"] = _paper(published, few, len(reference), examples[:3], device)
+    for estimator in ("exact", "first_order", "corrected"):
+        result["seconds"][estimator], result["influences"][estimator] = _ours(
+            student, reference, examples, estimator, precision, arguments
+        )
+    with _matmuls(precision):
+        result |= _floor(published, reference, examples, device)
+    return result | _ratios(result)
+
+
+@contextmanager
+def _matmuls(precision: Precision) -> Iterator[None]:
+    """float32 products as the precision says."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def _in_bfloat16(student: Path) -> Path:
+    """A copy beside it with weights and moments as the published code keeps them."""
+    folder = student.with_name("published")
+    model: Any = AutoModelForCausalLM.from_pretrained(student, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(student).save_pretrained(folder)
+    moments = load_file(student / OPTIMIZER_TENSORS)
+    save_file({name: moment.bfloat16() for name, moment in moments.items()}, folder / OPTIMIZER_TENSORS)
+    return folder
+
+
 def _ours(
-    student: Path, reference: list[Any], examples: list[Any], estimator: Any, arguments: Any
+    student: Path, reference: list[Any], examples: list[Any], estimator: Any, precision: Precision, arguments: Any
 ) -> tuple[dict[str, Any], list[float]]:
     """Seconds a point, in its parts: medians over the points, after one that is not counted; and the influences."""
     gpu = arguments.device.startswith("cuda")
     settings = Score(
         estimator=estimator, reference_tokens=arguments.tokens, worker=WorkerResources(cpus=1, gpus=float(gpu)),
-        compile=arguments.compile, recheck=0,
+        compile=arguments.compile, recheck=0, precision=precision,
     )  # fmt: skip
     scorer = Scorer(student, reference, settings, chat_template=None, max_length=PADDED, worker="benchmark")
     points = [{"example_id": str(number), **row} for number, row in enumerate(examples)]
@@ -117,16 +164,13 @@ def _ours(
     return seconds, [float(score.influence) for score in scores]  # type: ignore[arg-type]
 
 
-def _agreement(influences: dict[str, list[float]]) -> dict[str, Any]:
-    """Of every estimate with `exact`, on the same points."""
-    found = {}
-    for estimator in ("first_order", "corrected"):
-        rows = [
-            {"example_id": str(number), "prompt_id": "all", "influence": mine, "recheck_influence": exact}
-            for number, (mine, exact) in enumerate(zip(influences[estimator], influences["exact"], strict=True))
-        ]
-        found[estimator] = agreement(rows)
-    return found
+def _agreement(estimates: list[float], gold: list[float]) -> dict[str, Any]:
+    """Of estimates with exact scores of the same points."""
+    rows = [
+        {"example_id": str(number), "prompt_id": "all", "influence": mine, "recheck_influence": exact}
+        for number, (mine, exact) in enumerate(zip(estimates, gold, strict=True))
+    ]
+    return agreement(rows)
 
 
 def _paper(student: Path, few: list[Any], all_rows: int, examples: list[Any], device: torch.device) -> dict[str, Any]:
@@ -136,7 +180,7 @@ def _paper(student: Path, few: list[Any], all_rows: int, examples: list[Any], de
     parts: dict[str, list[float]] = {"load": [], "step": [], "evaluate": []}
     for example in examples:
         clock = _Clock(device)
-        model: Any = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(student, dtype="auto")
         model.to(device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=RULE.learning_rate, fused=True)
         with safe_open(student / OPTIMIZER_TENSORS, framework="pt", device=str(device)) as stored:
@@ -190,12 +234,12 @@ class _Clock:
 def _floor(student: Path, reference: list[Any], examples: list[Any], device: torch.device) -> dict[str, Any]:
     """What the evaluation and the step must take: see the top of this file."""
     chat = ChatFormat.load(student, None, PADDED)
-    model: Any = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(student, dtype="auto")
     config = model.config
     rows, points = (
         [chat.encode(row["instruction"], row["response"]) for row in some] for some in (reference, examples)
     )
-    rate = _matmul_rate(device, config.hidden_size, config.intermediate_size)
+    rate = _matmul_rate(device, model.dtype, config.hidden_size, config.intermediate_size)
     weights = sum(parameter.numel() for parameter in model.parameters())
     copy_rate = _copy_rate(device)
     operations = statistics.median(_operations(model, [point]) for point in points)
@@ -224,9 +268,9 @@ def _operations(model: Any, rows: list[Encoded]) -> int:
     )
 
 
-def _matmul_rate(device: torch.device, hidden: int, inner: int) -> float:
+def _matmul_rate(device: torch.device, dtype: torch.dtype, hidden: int, inner: int) -> float:
     """Operations a second of a product of the shape of the student's widest layer."""
-    left, right = torch.randn(1024, hidden, device=device), torch.randn(hidden, inner, device=device)
+    left, right = (torch.randn(shape, device=device, dtype=dtype) for shape in ((1024, hidden), (hidden, inner)))
     return 2 * 1024 * hidden * inner / _best(lambda: left @ right, device)
 
 
@@ -298,27 +342,38 @@ def _machine(device: torch.device, threads: int) -> str:
     return f"{platform.processor() or platform.machine()}, {threads} threads of {os.cpu_count()}"
 
 
-def _ratios(result: dict[str, Any]) -> None:
+def _ratios(result: dict[str, Any]) -> dict[str, Any]:
     """Points a second of one over another, which says more than either on this machine alone."""
     seconds = {name: parts["point"] for name, parts in result["seconds"].items()}
-    result["points_per_s"] = {name: 1 / value for name, value in seconds.items()}
-    result["ratio_exact_over_paper"] = seconds["paper"] / seconds["exact"]
-    result["ratio_first_order_over_paper"] = seconds["paper"] / seconds["first_order"]
-    result["ratio_corrected_over_exact"] = seconds["exact"] / seconds["corrected"]
-    result["evaluate_share_of_floor"] = result["evaluate_floor_s"] / result["seconds"]["exact"]["evaluate"]
-    result["step_share_of_floor"] = result["step_floor_s"] / result["seconds"]["exact"]["step"]
+    exact = result["seconds"]["exact"]
+    return {
+        "points_per_s": {name: 1 / value for name, value in seconds.items()},
+        "ratio_exact_over_paper": seconds["paper"] / seconds["exact"],
+        "ratio_first_order_over_paper": seconds["paper"] / seconds["first_order"],
+        "ratio_corrected_over_exact": seconds["exact"] / seconds["corrected"],
+        "ratio_exact_over_paper_at_floor": seconds["paper"] / (result["evaluate_floor_s"] + result["step_floor_s"]),
+        "restore_share_of_point": exact["restore"] / exact["point"],
+        "evaluate_share_of_floor": result["evaluate_floor_s"] / exact["evaluate"],
+        "step_share_of_floor": result["step_floor_s"] / exact["step"],
+    }
 
 
 def _print(result: dict[str, Any]) -> None:
     print(f"{result['machine']}; student {result['student']}, {result['reference_rows']} reference rows, "
           f"{result['reference_tokens']} tokens, {result['points']} points")  # fmt: skip
+    for found in (result, *result["beside"].values()):
+        _print_precision(found)
+
+
+def _print_precision(result: dict[str, Any]) -> None:
+    print(f"\n{result['precision']}")
     names = ("load", "step", "evaluate", "restore", "wait", "point", "spread")
     print("".join(["seconds a point".ljust(18), *(name.rjust(10) for name in names)]))
     for estimator, parts in result["seconds"].items():
         cells = [f"{parts[name]:.4f}" if name in parts else "-" for name in names]
         print("".join([estimator.ljust(18), *(cell.rjust(10) for cell in cells)]))
     for name, value in result.items():
-        if name.startswith(("ratio_", "evaluate_share", "step_share")):
+        if name.startswith("ratio_") or "_share_of_" in name:
             print(f"{name}: {value:.3g}")
     for estimator, found in result["agreement_with_exact"].items():
         told = ("spearman", "pearson", "same_sign", "noise", "spread")
@@ -334,6 +389,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--points", type=int, default=16, help="rows after these that are scored")
     parser.add_argument("--paper-rows", type=int, default=8, help="reference rows the paper's procedure is measured on")
     parser.add_argument("--shape", choices=("quickstart", "tinyllama"), default="quickstart")
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["float32"], help="tf32 needs a GPU")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--tokens", type=int, default=512, help="score.reference_tokens")
