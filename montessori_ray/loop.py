@@ -322,10 +322,12 @@ def check_run(stages: Sequence[Stage], config: AnySettings, run: Run) -> None:
     """Compare everything the run already holds with the settings, before anything is started.
 
     Raises:
-        RunError: an artifact was made with other settings or inputs.
+        RunError: an artifact was made with other settings or inputs, or a model outside of the run has changed.
     """
     for stage in stages:
         _check(stage, config, run)
+        if _is_input(stage):
+            inputs.require_unchanged(run.artifact(stage.output))
 
 
 def _check(stage: Stage, config: AnySettings, run: Run) -> None:

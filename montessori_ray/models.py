@@ -215,14 +215,14 @@ def prune_layers(model_dir: Path, layers: Sequence[int], output: Path) -> None:
     """
     if has_adapter(model_dir):
         raise ModelError(f"{model_dir} is an adapter, layers are removed from whole models: merge it into one first")
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    config = model.config.get_text_config()
-    count = config.num_hidden_layers
+    count = AutoConfig.from_pretrained(model_dir).get_text_config().num_hidden_layers
     if unknown := sorted(set(layers) - set(range(count))):
         raise ModelError(f"{model_dir} has layers 0 to {count - 1}; drop_layers names {unknown}")
     kept = [index for index in range(count) if index not in set(layers)]
     if not kept:
         raise ModelError(f"drop_layers names all {count} layers of {model_dir}: leave at least one")
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    config = model.config.get_text_config()
     parent, name, stack = _decoder_layers(model, count)
     layers_left = nn.ModuleList([stack[index] for index in kept])
     setattr(parent, name, layers_left)
@@ -251,11 +251,15 @@ def _decoder_layers(model: nn.Module, count: int) -> tuple[nn.Module, str, nn.Mo
     )
 
 
+def model_files(folder: Path) -> list[Path]:
+    """Weights, config and tokenizer files of a model's folder, sorted."""
+    return sorted({path for pattern in CONTENT for path in folder.glob(pattern)})
+
+
 def model_digest(folder: Path, *, without: Path | None = None) -> str:
     """SHA-256 over the names and contents of weights, config and tokenizer files, but for the one at `without`."""
     digest = hashlib.sha256()
-    paths = {path for pattern in CONTENT for path in folder.glob(pattern)}
-    for path in sorted(path for path in paths if without is None or path.resolve() != without.resolve()):
+    for path in (path for path in model_files(folder) if without is None or path.resolve() != without.resolve()):
         with path.open("rb") as file:
             digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()

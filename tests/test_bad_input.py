@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -161,6 +162,17 @@ def test_model_without_weights_tokenizer_template_or_context(tmp_path: Path, tin
     assert "chat template" in refused(tmp_path / "c", f"teacher.model={without_template}")
     assert "128" in refused(tmp_path / "d", f"teacher.model={tiny_model}")
     assert "/nowhere" in refused(tmp_path / "e", "teacher.model=/nowhere")
+
+
+def test_a_model_outside_of_the_run_that_became_another(tmp_path: Path, tiny_model: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "teacher"))
+    line = (f"teacher.model={folder}", "pool.max_model_len=128", "student.drop_layers=[99]")
+    assert "99" in refused(tmp_path / "run", *line)
+    weights = folder / "model.safetensors"
+    weights.touch()
+    assert "99" in refused(tmp_path / "run", *line), "the same content at another time"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"@")
+    assert f"{folder}, which is inputs/teacher of this run, is not the model" in refused(tmp_path / "run", *line)
 
 
 def test_more_than_the_machine_has(tmp_path: Path) -> None:

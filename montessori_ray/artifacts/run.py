@@ -93,9 +93,14 @@ class Artifact:
     def model_path(self) -> Path:
         """An ordinary folder with the model; a copy in the cache where the run lies in a bucket."""
         digest = self.require().digest
-        if self.storage.exists(f"{self.name}/{LOCATION}"):
-            return Path(json.loads(self.storage.read(f"{self.name}/{LOCATION}"))["path"])
+        if (location := self.location()) is not None:
+            return Path(location["path"])
         return self.storage.local_folder(self.name, cache_folder() / digest[:16])  # another model, another copy
+
+    def location(self) -> dict[str, str] | None:
+        """`path` and content `digest` of a model that lies outside of the run; None for what lies in it."""
+        file = f"{self.name}/{LOCATION}"
+        return json.loads(self.storage.read(file)) if self.storage.exists(file) else None
 
     def count(self) -> int:
         """Number of committed rows, read from the parts' footers."""

@@ -6,14 +6,18 @@ import json
 import shutil
 from collections.abc import Iterable
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from montessori_ray.artifacts.run import LOCATION, Artifact
 from montessori_ray.config import Config, ScoreFiles
-from montessori_ray.errors import DataError, ModelError
+from montessori_ray.errors import DataError, ModelError, RunError
 from montessori_ray.stages.base import AnySettings, StageContext
 
 ROWS_A_PART = 10_000
+
+FILES = "files"
+"""Detail of a model that lies outside of the run: sizes and times of its files."""
 
 
 def import_seeds(context: StageContext) -> dict[str, Any]:
@@ -146,4 +150,34 @@ def _import_model(
     else:
         location = {"path": str(folder), "digest": model_digest(folder)}
         context.run.storage.write(f"{context.output.name}/{LOCATION}", json.dumps(location).encode())
+        return {"model": model, "dropped_layers": [], FILES: _sizes_and_times(folder)}
     return {"model": model, "dropped_layers": list(drop_layers)}
+
+
+def require_unchanged(artifact: Artifact) -> None:
+    """Refuse a run whose model lies outside of it and has changed since.
+
+    Sizes and times of its files are looked at first; their content is read only where these differ.
+
+    Raises:
+        RunError: names the folder.
+    """
+    from montessori_ray.models import model_digest  # late: see stages/__init__.py
+
+    manifest, location = artifact.manifest(), artifact.location()
+    if manifest is None or location is None:
+        return
+    folder = Path(location["path"])
+    if _sizes_and_times(folder) != manifest.details.get(FILES) and model_digest(folder) != location["digest"]:
+        raise RunError(
+            f"{folder}, which is {artifact.name} of this run, is not the model that the run began with: put that back, "
+            "or begin another run (run=DIR)"
+        )
+
+
+def _sizes_and_times(folder: Path) -> dict[str, list[int]]:
+    """Bytes and time of change (nanoseconds) of a model's files."""
+    from montessori_ray.models import model_files  # late: see stages/__init__.py
+
+    found = {path.name: path.stat() for path in model_files(folder)}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
