@@ -60,7 +60,7 @@ class Session:
             self._exit.callback(self.events.flush)
             settings = self.config.model_dump(mode="json")
             self._tracker: Tracker = open_tracker(self.config.telemetry, self.run.root, settings)
-            self._exit.callback(self._tracker.close)
+            self._exit.callback(self._close_tracker)
             self.events.write("session_started", run=self.run.root, pid=os.getpid())
             self._exit = self._exit.pop_all()
         return self
@@ -74,6 +74,17 @@ class Session:
         with suppress(RunError):
             self.events.write("session_ended", error=str(exception[1]) if exception[1] else None)
         self._exit.__exit__(None, None, None)
+
+    def _close_tracker(self) -> None:
+        """A tracker whose server is away raises types of its own; a run that is done is not failed by that."""
+        try:
+            self._tracker.close()
+        except Exception as error:
+            reason = (str(error).strip() or "-").splitlines()[0]
+            self.console.note(
+                f"the tracker {self.config.telemetry.tracker} did not take the last of its curves "
+                f"({type(error).__name__}: {reason}); all of them are in events.jsonl"
+            )
 
     def connect(self) -> list[Bundle]:
         """Connect to the cluster; returns what its nodes have."""

@@ -10,9 +10,12 @@ from typing import Literal
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from montessori_ray.config import Telemetry
+from montessori_ray import session
+from montessori_ray.config import Telemetry, load_config
 from montessori_ray.errors import ConfigError
-from montessori_ray.telemetry.trackers import open_tracker
+from montessori_ray.telemetry.trackers import NoTracker, open_tracker
+
+QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
 
 
 def read_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -66,3 +69,17 @@ def test_a_tracker_that_is_not_installed_is_refused(
         f"telemetry.tracker is {name}, which is not installed: pip install {name}, or choose tensorboard or none"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tracker_whose_server_is_away_at_the_end_fails_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Away(NoTracker):
+        def close(self) -> None:
+            raise ConnectionError("no route to host\nand more")
+
+    monkeypatch.setattr(session, "open_tracker", lambda *_: Away())
+    with session.Session(load_config(QUICKSTART, [f"run={tmp_path / 'run'}"])):
+        pass
+    said = capsys.readouterr()
+    assert "did not take the last of its curves (ConnectionError: no route to host)" in said.out + said.err
