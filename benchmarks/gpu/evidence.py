@@ -31,7 +31,10 @@ def main() -> int:
         status = process.wait(timeout=arguments.seconds)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGINT)
-        process.wait(timeout=GRACE_S)
+        try:
+            process.wait(timeout=GRACE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()  # what is committed stays
         print("time is up; give the same command again to continue", file=sys.stderr)
         return 3
     if status == 0:
