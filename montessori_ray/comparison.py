@@ -22,6 +22,8 @@ from montessori_ray.artifacts.run import Run
 from montessori_ray.config import Compare, Config, content_settings, describe, set_dotted
 from montessori_ray.errors import ConfigError
 from montessori_ray.loop import (
+    FIRST_FRESH,
+    FIRST_INFLUENCE,
     FIRST_WARMED,
     HELD_OUT,
     REFERENCE,
@@ -79,8 +81,18 @@ def stages_of_comparison(config: Config) -> list[Stage]:
     shared = _Shared()
     outputs = [_outputs_of(cell, shared.place(cell)) for cell in cells_of(config)]
     outputs.sort(key=lambda cell: cell.arm != _require_arms(config).against)
-    measured = _measured_together(config, outputs)
-    return [*_by_teacher(_needed(shared.stages.values(), measured)), *measured]
+    stages = _needed(shared.stages.values(), _measured_together(config, outputs))
+    return [*_by_teacher(stages), *_measured_together(config, outputs, _probed(config, stages))]
+
+
+def _probed(config: Config, stages: list[Stage]) -> compare.Probed | None:
+    """The original teacher's probing examples, if they are scored as the fresh ones of all teachers will be."""
+    made = {stage.output: stage for stage in stages}
+    scored = made.get(FIRST_INFLUENCE)
+    if scored is None or FIRST_FRESH not in made:
+        return None
+    alike = content_settings(scored.config or config, scored.settings) == content_settings(config, scored.settings)
+    return compare.Probed(influence=FIRST_INFLUENCE, fresh_set=FIRST_FRESH) if alike else None
 
 
 def cells_of(config: Config) -> list[Cell]:
@@ -223,7 +235,9 @@ def _outputs_of(cell: Cell, lies: dict[str, str]) -> compare.CellOutputs:
     )
 
 
-def _measured_together(config: Config, outputs: list[compare.CellOutputs]) -> list[Stage]:
+def _measured_together(
+    config: Config, outputs: list[compare.CellOutputs], probed: compare.Probed | None = None
+) -> list[Stage]:
     """Losses of all students, influence of what all teachers write afresh, and the differences between the arms."""
 
     def distinct(artifacts: Iterator[str]) -> tuple[str, ...]:
@@ -236,7 +250,9 @@ def _measured_together(config: Config, outputs: list[compare.CellOutputs]) -> li
     )
     worker = config.score.worker.bundle
     settings = _require_arms(config)
-    compared: Any = partial(compare.compare, cells=tuple(outputs), against=settings.against)
+    if probed is not None:
+        data += (probed.influence,)
+    compared: Any = partial(compare.compare, cells=tuple(outputs), against=settings.against, probed=probed)
     return [
         Stage(
             name="compare/fresh_set", output="compare/fresh_set", body=compare.collect_fresh, schema=columns.EXAMPLES,

@@ -16,7 +16,7 @@ from montessori_ray.artifacts.run import Run
 from montessori_ray.config import load_config
 from montessori_ray.stages import schemas as columns
 from montessori_ray.stages.base import Stage, StageContext
-from montessori_ray.stages.compare import CellOutputs, _by_seeds, collect_fresh, compare
+from montessori_ray.stages.compare import CellOutputs, Probed, _by_seeds, collect_fresh, compare
 from montessori_ray.telemetry.progress import ProgressChannel
 
 QUICKSTART = Path(__file__).parents[1] / "configs/quickstart.yaml"
@@ -99,6 +99,18 @@ def test_differences_are_paired_by_seed_and_row(run: Run) -> None:
     assert (fresh["share_helpful"], fresh["models"]) == (0.75, 1)
     assert "0" in fresh["sentence"]
     assert next(iter(run.artifact("result").rows()))["arm"] == "before"
+
+
+def test_probing_examples_of_the_original_teacher_count_as_fresh(run: Run) -> None:
+    probing = [{"example_id": f"p-{number}", "prompt_id": "p", "influence": value} for number, value in enumerate(
+        [0.5, 0.7, None])]  # fmt: skip
+    put(run, "probed", probing, columns.INFLUENCE)
+    told = context(run, "result", columns.COMPARISON, ("losses", "influence", "reference", "held_out"))
+    details = compare(told, cells=CELLS, against="before", probed=Probed("probed", "before/fresh_set"))
+    before, after = (row for row in details["measures"] if row["measure"] == "fresh_influence")
+    assert (before["count"], after["count"]) == (3 + 2, 4)
+    assert before["value"] == pytest.approx(fmean([0.1, -0.1, 0.3, 0.5, 0.7]))
+    assert after["difference"] == pytest.approx(fmean([-0.5, -0.3, -0.4, 0.1]) - before["value"])
 
 
 def test_students_of_one_teacher_stand_together() -> None:

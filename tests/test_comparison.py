@@ -87,6 +87,20 @@ def test_paired_seeds_are_as_many_of_both_kinds() -> None:
         comparison(tuning_seeds=(0, 1), seeds="paired")
 
 
+def test_probing_examples_count_as_fresh_only_where_they_are_scored_alike() -> None:
+    def probed(arms: dict[str, Any]) -> Any:
+        result = stages_of_comparison(comparison(arms))[-1]
+        found = result.body.keywords["probed"]
+        assert (found is not None) == ("iteration_00/influence" in result.inputs)
+        return found
+
+    assert probed(ARMS).fresh_set == "iteration_00/fresh_set"
+    original = {"self_instruct": ARMS["self_instruct"]}
+    assert probed(original) is None, "nothing is scored but what is written afresh"
+    assert probed(original | {"approximate": {"score.estimator": "first_order"}}) is None
+    assert probed({"self_instruct": {}}) is None, "no teacher but tuned ones is measured"
+
+
 def test_what_is_compared_with_what_and_arms_added_at_the_end_move_nothing() -> None:
     arms = ARMS | {"answers": {"responses_by": "original"}}
     before = {stage.output: stage for stage in stages_of_comparison(comparison(arms))}

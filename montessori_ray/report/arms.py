@@ -23,7 +23,7 @@ MEASURES = {
 SMALLEST = {"held_out_loss": 0.01, "fresh_influence": SMALLEST_INFLUENCE}
 """Measure -> the size below which its numbers are given in powers of ten."""
 
-AS_THEY_ARE = ("arm", "measure", "category", "models", "value", "value_se", "value_by_model", "share_helpful")
+AS_THEY_ARE = ("arm", "measure", "category", "models", "value", "value_se", "count", "value_by_model", "share_helpful")
 """Columns of a measure's row that `Arm` has as fields."""
 
 
@@ -39,6 +39,8 @@ class Arm:
     """Students or teachers that were measured."""
     value: float
     value_se: float
+    count: int
+    """Held-out rows, or fresh examples of all its teachers."""
     value_by_model: list[float]
     share_helpful: float | None
     difference: Mean | None
@@ -135,7 +137,8 @@ def section(found: Arms | None) -> Markup | None:
     note = (
         f"All arms share everything but one choice; differences are from {named(found.against)}. Losses are paired by "
         "row and seed, and their intervals hold for other rows and seeds; teachers write different texts, so "
-        "influences are not paired. Lower is better in both."
+        "influences are not paired. The original teacher's probing examples count as fresh where they are scored as "
+        "these are. Lower is better in both."
     )
     tables = [_table(found, measure) for measure in MEASURES]
     return join([paragraph(note, kind="note"), figures(*drawn), *tables, _by_category(found), _data(found.data)])
@@ -170,24 +173,26 @@ def _table(found: Arms, measure: str) -> Markup:
     title, _ = MEASURES[measure]
     rows = [
         (
-            named(arm.arm), f"{arm.models}", values.plus_minus(arm.value, arm.value_se), _spread(arm, values),
+            named(arm.arm), f"{arm.models}", f"{arm.count:,}", values.plus_minus(arm.value, arm.value_se),
+            _spread(arm, values),
             NONE if arm.share_helpful is None else percent(arm.share_helpful),
             NONE if arm.difference is None else changes.plus_minus(arm.difference.mean, arm.difference.se, sign=True),
             NONE if arm.difference is None else changes.span(arm.difference.low, arm.difference.high),
         )
         for arm in arms_of
     ]  # fmt: skip
-    models = "students" if measure == "held_out_loss" else "teachers"
+    models, of = ("students", "rows") if measure == "held_out_loss" else ("teachers", "examples")
     heads = (
         "arm",
         models,
+        of,
         values.label(title.lower()),
         "lowest to highest",
         "help",
         changes.label("difference"),
         "95 % interval",
     )
-    return table(heads, rows, numbers=(1, 2, 3, 4, 5, 6))
+    return table(heads, rows, numbers=range(1, len(heads)))
 
 
 def _by_category(found: Arms) -> Markup:

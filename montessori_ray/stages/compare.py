@@ -60,11 +60,30 @@ def measure_students(context: StageContext) -> dict[str, Any]:
     return {"students": len(context.stage.inputs) - 2}
 
 
-def compare(context: StageContext, *, cells: Sequence[CellOutputs], against: str) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """A teacher's probing examples whose influence is that of fresh ones: the same student, settings and rows."""
+
+    influence: str
+    """Where their influences lie."""
+    fresh_set: str
+    """Where the fresh examples of the same teacher lie."""
+
+
+def compare(
+    context: StageContext, *, cells: Sequence[CellOutputs], against: str, probed: Probed | None = None
+) -> dict[str, Any]:
     """One row for each arm and measure; the details hold the same and what the arms' data are like.
 
     Inputs: losses of the students, influence of the fresh examples, reference and held-out rows, then what the arms'
-    teachers wrote afresh and the training sets.
+    teachers wrote afresh and the training sets, and the influences of `probed`.
+
+    Args:
+        context: of the stage.
+        cells: all cells of all arms.
+        against: the arm that all others are compared with.
+        probed: counts as fresh, since nothing was chosen by it: the original teacher is compared with every tuned one,
+            so what is known of it bounds what is known of any difference.
     """
     context.output.discard_parts()
     by_arm: dict[str, list[CellOutputs]] = {}
@@ -73,6 +92,9 @@ def compare(context: StageContext, *, cells: Sequence[CellOutputs], against: str
     losses = {measure: _losses(context, measure) for measure in SETS}
     categories = _categories(context)
     influence = fresh.by_teacher(context.input(1).rows(fresh.COLUMNS), lambda example_id: example_id.split(OF)[0])
+    if probed is not None:
+        rows_probed = context.run.artifact(probed.influence).rows(fresh.COLUMNS)
+        influence[probed.fresh_set] += fresh.by_teacher(rows_probed, lambda _: "probed").get("probed", [])
     rows: list[dict[str, Any]] = []
     for arm, own in by_arm.items():
         for measure in SETS:
@@ -122,7 +144,8 @@ def _loss_row(
     difference = None if own is other else paired_difference(_by_seeds(own, mine), _by_seeds(other, theirs))
     students = {cell.student: values for cell, values in zip(own, mine, strict=True)}
     models = [float(values.mean()) for values in students.values()]
-    return _row(arm, f"{measure}_loss", mean_interval(np.mean(mine, axis=0).tolist()), difference, models)
+    of_rows = np.mean(mine, axis=0).tolist()
+    return _row(arm, f"{measure}_loss", mean_interval(of_rows), len(of_rows), difference, models)
 
 
 def _by_seeds(cells: list[CellOutputs], losses: list[Any]) -> Any:
@@ -138,7 +161,7 @@ def _fresh_row(arm: str, own: list[CellOutputs], other: list[CellOutputs], found
     mine, theirs = ([group for name in _places(cells) for group in found[name]] for cells in (own, other))
     difference = None if own is other else welch_difference(mine, theirs)
     models = [grouped_mean(found[name]).mean for name in _places(own)]
-    return _row(arm, "fresh_influence", grouped_mean(mine), difference, models) | {
+    return _row(arm, "fresh_influence", grouped_mean(mine), sum(map(len, mine)), difference, models) | {
         "share_helpful": fresh.share_helpful(mine)
     }
 
@@ -147,10 +170,12 @@ def _places(cells: list[CellOutputs]) -> list[str]:
     return list(dict.fromkeys(cell.fresh_set for cell in cells))
 
 
-def _row(arm: str, measure: str, value: Interval, difference: Interval | None, models: list[float]) -> dict[str, Any]:
+def _row(
+    arm: str, measure: str, value: Interval, count: int, difference: Interval | None, models: list[float]
+) -> dict[str, Any]:
     row: dict[str, Any] = {
-        "arm": arm, "measure": measure, "value": value.mean, "value_se": value.se, "models": len(models),
-        "value_by_model": models, "category": None,
+        "arm": arm, "measure": measure, "value": value.mean, "value_se": value.se, "count": count,
+        "models": len(models), "value_by_model": models, "category": None,
         "difference": None, "low": None, "high": None, "difference_se": None, "share_helpful": None, "sentence": None,
     }  # fmt: skip
     if difference is not None:

@@ -138,6 +138,7 @@ COMPARISON = pa.schema(
         ("value", pa.float64()),
         ("value_by_model", pa.list_(pa.float64())),  # of each of them: how far seeds lie apart
         ("value_se", pa.float64()),  # over rows or examples
+        ("count", pa.int32()),  # of these: rows of a loss, examples of all teachers of the arm
         ("difference", pa.float64()),  # from the arm that all are compared with; null in its own rows
         ("low", pa.float64()),  # 95 % interval of the difference
         ("high", pa.float64()),

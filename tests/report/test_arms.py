@@ -34,8 +34,9 @@ def row(
     low, high = (None, None) if difference is None else (difference - half, difference + half)
     return {
         "arm": arm, "measure": measure, "category": category, "models": 6, "value": value, "value_se": 0.1,
-        "value_by_model": [value - 0.25, value + 0.5], "difference": difference, "low": low, "high": high,
-        "difference_se": None if difference is None else half / 2, "share_helpful": 0.6,
+        "count": 1234, "value_by_model": [value - 0.25, value + 0.5],
+        "difference": difference, "low": low, "high": high, "share_helpful": 0.6,
+        "difference_se": None if difference is None else half / 2,
         "sentence": None if difference is None else f"said of {arm}",
     }  # fmt: skip
 
@@ -72,6 +73,7 @@ def test_every_difference_is_drawn_and_told(tmp_path: Path) -> None:
     for said in (
         "montessori",
         "shuffled labels",
+        "1,234",
         "99.0%",
         "2.0%",
         "94 to 96",
