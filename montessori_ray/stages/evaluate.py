@@ -35,8 +35,12 @@ def losses_of_students(context: StageContext, students: dict[str, int]) -> dict[
     sets = {name: list(context.input(position).rows()) for position, name in enumerate(SETS)}
     losses: dict[str, dict[str, list[float]]] = {}
     measured = {student: _start_measuring(context, position, sets) for student, position in students.items()}
-    for number, student in enumerate(students):
-        context.progress.update(number, len(students), unit="students")
+    waiting = list(measured.values())
+    while waiting:
+        context.progress.update(len(students) - len(waiting), len(students), unit="students")
+        done, waiting = ray.wait(waiting)
+        ray.get(done)  # an error is raised when it happens
+    for student in students:
         values = ray.get(measured[student])
         first = len(sets[SETS[0]])
         losses[student] = {SETS[0]: values[:first], SETS[1]: values[first:]}
