@@ -22,8 +22,8 @@ METRICS = {
     "loss": "DPO loss",
     "reward_margin": "reward margin",
     "reward_accuracy": "reward accuracy",
-    "logp_chosen": "log-probability, chosen",
-    "logp_rejected": "log-probability, rejected",
+    "logp_chosen": "log p, chosen",
+    "logp_rejected": "log p, rejected",
 }
 """What is measured on pairs, for people."""
 
@@ -44,15 +44,15 @@ def tuning(report: Report) -> Markup | None:
         if (plot := _curves(f"dpo-{metric}", title, report.tunings, metric, unit))
     ]
     rows = [
-        (_evaluated_on(entry), METRICS.get(metric, metric), number(before.get(metric)), number(after[metric]))
+        (_evaluated_on(entry), *(f"{number(before[metric])} → {number(after[metric])}" for metric in METRICS))
         for entry in report.tunings
         if (before := entry.details.get("eval_before")) and (after := entry.details.get("eval_after"))
-        for metric in after
     ]
-    heads = ("pairs kept out of training", "", "before", "after")
+    heads = ("pairs kept out of training, before → after", *METRICS.values())
+    parts = [figures(*drawn)] if drawn else []
     if rows:
-        drawn.append(table(heads, rows, numbers=(2, 3)))
-    return figures(*drawn) if drawn else None
+        parts.append(table(heads, rows, numbers=range(1, len(heads))))
+    return join(parts) if parts else None
 
 
 def _evaluated_on(entry: Training) -> str:
@@ -72,8 +72,8 @@ def training(report: Report) -> Markup | None:
         return None
     heads = ("stage", "steps", "response tokens", "first loss", "last loss", "tokens/s")
     caption = "Of each batch, before its step."
-    drawn = [figure("Training loss", plot, caption, _keys(report.trainings))] if plot else []
-    return figures(*drawn, table(heads, rows, numbers=(1, 2, 3, 4, 5)) if rows else Markup(""))
+    parts = [figures(figure("Training loss", plot, caption, _keys(report.trainings)))] if plot else []
+    return join([*parts, table(heads, rows, numbers=(1, 2, 3, 4, 5)) if rows else Markup("")])
 
 
 def _curves(name: str, title: str, trainings: Sequence[Training], metric: str, unit: str) -> Markup | None:
@@ -93,8 +93,10 @@ def _keys(trainings: Sequence[Training]) -> list[tuple[str, str]]:
 
 
 def _roles(trainings: Sequence[Training]) -> dict[str, str]:
-    """A colour for each arm, or each training outside of arms; none where there are more than can be told apart."""
-    groups = list(dict.fromkeys(_group(entry) for entry in trainings))
+    """A colour for each arm, or where there are none for each training; none if there are more than can be told apart.
+    What arms share stays grey."""
+    in_arms = [entry for entry in trainings if arm_of(entry.name)]
+    groups = list(dict.fromkeys(_group(entry) for entry in in_arms or trainings))
     return {group: series(position) for position, group in enumerate(groups)} if len(groups) <= NUM_SERIES else {}
 
 

@@ -223,7 +223,9 @@ class RunWriter:
 
     def _tune_teacher(self, _: Stage) -> tuple[Rows, dict[str, Any]]:
         before = {"loss": 0.693, "reward_margin": 0.0, "reward_accuracy": 0.5}
+        before |= {"logp_chosen": -34.0, "logp_rejected": -36.0}
         after = {"loss": 0.61, "reward_margin": 0.2, "reward_accuracy": 0.75}
+        after |= {"logp_chosen": -33.0, "logp_rejected": -37.0}
         return [], {"pairs": {"train": 16, "evaluation": 2, "dropped": 0}, "eval_before": before, "eval_after": after}
 
     def _evaluate(self, stage: Stage) -> tuple[Rows, dict[str, Any]]:
