@@ -37,7 +37,9 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Driver:
             "responses": {"tune_teacher.tunes": "response"},
             "best": {"tune_teacher.tunes": "nothing", "training_select": "most_helpful"},
         }
-        section = yaml.safe_dump({"against": "self_instruct", "arms": arms}, default_flow_style=True, width=10_000)
+        section = yaml.safe_dump(
+            {"against": "self_instruct", "arms": arms}, default_flow_style=True, width=10_000, sort_keys=False
+        )
         driver.finish(*SIZES, f"compare={section.strip()}", job="compare", timeout=2300)
     assert len(requests) == len(driver.rows("iteration_00/grades"))
     return driver
