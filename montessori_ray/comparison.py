@@ -24,6 +24,7 @@ from montessori_ray.errors import ConfigError
 from montessori_ray.loop import (
     FIRST_FRESH,
     FIRST_INFLUENCE,
+    FIRST_PROBING,
     FIRST_WARMED,
     HELD_OUT,
     REFERENCE,
@@ -89,8 +90,8 @@ def _probed(config: Config, stages: list[Stage]) -> compare.Probed | None:
     """The original teacher's probing examples, if they are scored as the fresh ones of all teachers will be."""
     made = {stage.output: stage for stage in stages}
     scored = made.get(FIRST_INFLUENCE)
-    if scored is None or FIRST_FRESH not in made:
-        return None
+    if scored is None or FIRST_PROBING not in scored.inputs or FIRST_FRESH not in made:
+        return None  # an arm that tunes responses scores several answers to one instruction
     alike = content_settings(scored.config or config, scored.settings) == content_settings(config, scored.settings)
     return compare.Probed(influence=FIRST_INFLUENCE, fresh_set=FIRST_FRESH) if alike else None
 

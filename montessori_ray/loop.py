@@ -37,7 +37,8 @@ WRITER_KEYS = tuple(
 """What decides which instructions a teacher writes and which of them are kept."""
 
 FIRST_WARMED = "iteration_00/warmed_student"
-FIRST_INFLUENCE, FIRST_FRESH = "iteration_00/influence", "iteration_00/fresh_set"
+FIRST_PROBING, FIRST_INFLUENCE = "iteration_00/probing_set", "iteration_00/influence"
+FIRST_FRESH = "iteration_00/fresh_set"
 """Fresh instructions of all teachers are scored against one student, so that only the teachers differ."""
 
 

@@ -98,6 +98,7 @@ def test_probing_examples_count_as_fresh_only_where_they_are_scored_alike() -> N
     original = {"self_instruct": ARMS["self_instruct"]}
     assert probed(original) is None, "nothing is scored but what is written afresh"
     assert probed(original | {"approximate": {"score.estimator": "first_order"}}) is None
+    assert probed(original | {"responses": {"tune_teacher.tunes": "response"}}) is None, "several answers to each"
     assert probed({"self_instruct": {}}) is None, "no teacher but tuned ones is measured"
 
 
