@@ -19,6 +19,7 @@ student's own products, and the bytes that a step must read and write at the mea
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -79,7 +80,7 @@ def main() -> None:
         sys.exit(f"{len(rows)} rows are too few for {arguments.reference} reference rows and 2 points")
     join_alone()
     with TemporaryDirectory() as folder:
-        student = _student(Path(folder) / "student", arguments.shape, warm_up)
+        student = _student(Path(folder) / "student", arguments.shape, warm_up, device)
         measured = {name: _measured(student, reference, examples, name, arguments) for name in arguments.precision}
     influences = {name: found.pop("influences") for name, found in measured.items()}
     gold = influences[min(influences, key=PRECISIONS.index)]["exact"]
@@ -115,7 +116,7 @@ def _measured(
             student, reference, examples, estimator, precision, arguments
         )
     with _matmuls(precision):
-        result |= _floor(published, reference, examples, device)
+        result |= _floor(published, reference, examples, arguments.tokens, device)
     return result | _ratios(result)
 
 
@@ -161,6 +162,9 @@ def _ours(
     totals = [score.step_seconds + score.evaluate_seconds + score.restore_seconds for score in scores]  # type: ignore[operator]
     wait = whole - statistics.fmean(totals)
     seconds = {"point": statistics.median(totals) + wait, "spread": statistics.stdev(totals), **parts, "wait": wait}
+    del scorer
+    gc.collect()  # or a GPU would hold the students of all estimators
+    torch.cuda.empty_cache()
     return seconds, [float(score.influence) for score in scores]  # type: ignore[arg-type]
 
 
@@ -231,7 +235,9 @@ class _Clock:
         return now - before
 
 
-def _floor(student: Path, reference: list[Any], examples: list[Any], device: torch.device) -> dict[str, Any]:
+def _floor(
+    student: Path, reference: list[Any], examples: list[Any], tokens: int, device: torch.device
+) -> dict[str, Any]:
     """What the evaluation and the step must take: see the top of this file."""
     chat = ChatFormat.load(student, None, PADDED)
     model: Any = AutoModelForCausalLM.from_pretrained(student, dtype="auto")
@@ -239,7 +245,7 @@ def _floor(student: Path, reference: list[Any], examples: list[Any], device: tor
     rows, points = (
         [chat.encode(row["instruction"], row["response"]) for row in some] for some in (reference, examples)
     )
-    rate = _matmul_rate(device, model.dtype, config.hidden_size, config.intermediate_size)
+    rate = _matmul_rate(device, model.dtype, tokens, config.hidden_size, config.intermediate_size)
     weights = sum(parameter.numel() for parameter in model.parameters())
     copy_rate = _copy_rate(device)
     operations = statistics.median(_operations(model, [point]) for point in points)
@@ -268,10 +274,10 @@ def _operations(model: Any, rows: list[Encoded]) -> int:
     )
 
 
-def _matmul_rate(device: torch.device, dtype: torch.dtype, hidden: int, inner: int) -> float:
-    """Operations a second of a product of the shape of the student's widest layer."""
-    left, right = (torch.randn(shape, device=device, dtype=dtype) for shape in ((1024, hidden), (hidden, inner)))
-    return 2 * 1024 * hidden * inner / _best(lambda: left @ right, device)
+def _matmul_rate(device: torch.device, dtype: torch.dtype, tokens: int, hidden: int, inner: int) -> float:
+    """Operations a second of a product of the shape of the student's widest layer and a batch of the reference set."""
+    left, right = (torch.randn(shape, device=device, dtype=dtype) for shape in ((tokens, hidden), (hidden, inner)))
+    return 2 * tokens * hidden * inner / _best(lambda: left @ right, device)
 
 
 def _copy_rate(device: torch.device) -> float:
@@ -290,7 +296,7 @@ def _best(work: Callable[[], Any], device: torch.device) -> float:
     return min(seconds)
 
 
-def _student(folder: Path, shape: str, warm_up: list[Any]) -> Path:
+def _student(folder: Path, shape: str, warm_up: list[Any], device: torch.device) -> Path:
     """A student with moments on disk: of a few steps, or random where its weights are."""
     if shape == "quickstart":
         prune_layers(resolve_model(EMBEDDED), list(range(10, 20)), folder)
@@ -298,13 +304,13 @@ def _student(folder: Path, shape: str, warm_up: list[Any]) -> Path:
         moments = _warm_up(model, ChatFormat.load(folder, None, PADDED), warm_up)
     else:
         torch.manual_seed(0)
-        model = LlamaForCausalLM(TINYLLAMA)
+        with device:
+            model = LlamaForCausalLM(TINYLLAMA)
         AutoTokenizer.from_pretrained(resolve_model(EMBEDDED)).save_pretrained(folder)
-        generator = torch.Generator().manual_seed(0)
         moments = {}
         for name, parameter in model.named_parameters():
-            moments[f"exp_avg.{name}"] = 1e-4 * torch.randn(parameter.shape, generator=generator)
-            moments[f"exp_avg_sq.{name}"] = 1e-7 * torch.rand(parameter.shape, generator=generator)
+            moments[f"exp_avg.{name}"] = 1e-4 * torch.randn_like(parameter)
+            moments[f"exp_avg_sq.{name}"] = 1e-7 * torch.rand_like(parameter)
     model.save_pretrained(folder)
     save_file(moments, folder / OPTIMIZER_TENSORS)
     (folder / OPTIMIZER_JSON).write_text(json.dumps(asdict(RULE)), encoding="utf-8")

@@ -42,7 +42,8 @@ def row_losses(
     chat = ChatFormat.load(Path(model), chat_template, max_length)
     encoded = [chat.encode(row["instruction"], row["response"]) for row in rows]
     require_responses(rows, encoded)
-    reference = ReferenceSet(encoded, tokens_a_pass, chat.pad_token_id)
+    reference = ReferenceSet(encoded, tokens_a_pass, chat.pad_token_id, device=device)
     student: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    losses: list[float] = reference.losses(ResponseLoss(student.to(device).eval()), device).tolist()
+    loss = ResponseLoss(student.to(device).eval())
+    losses: list[float] = reference.losses(lambda batch: loss(**batch.tensors)).tolist()
     return losses

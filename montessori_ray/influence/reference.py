@@ -5,7 +5,7 @@ The reference loss is a weighted mean over the reference examples of each exampl
 padded tokens; logits are computed only where a response token is predicted, and only a chunk of positions at a time (at
 49,152 words a full batch of 8,192 tokens would hold 1.6 GB of logits, most of them for tokens nobody asks about).
 
-Shapes: R rows of a batch, T padded tokens, N response tokens of a batch, V vocabulary.
+Shapes: R rows of a batch, T padded tokens, N positions asked for in a batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from montessori_ray.errors import DataError
+from montessori_ray.influence.attention import use_repeated_heads
 from montessori_ray.training.chat import IGNORED, Encoded, collate
 
 Precision = Literal["float32", "tf32", "bfloat16"]
@@ -29,6 +30,8 @@ Precision = Literal["float32", "tf32", "bfloat16"]
 
 LossMean = Literal["example", "token", "batch"]
 """What the reference loss is a mean of, see `row_weights`."""
+
+CPU = torch.device("cpu")
 
 CHUNK_LOGITS = 2**25
 """Logits held at once: 128 MiB in float32."""
@@ -65,36 +68,37 @@ class ResponseLoss(nn.Module):
     """A causal language model that returns every row's mean cross entropy over its response tokens.
 
     The model is wrapped, rather than its parts called from outside, so that an engine which gathers sharded weights in
-    forward hooks sees one whole forward pass.
+    forward hooks sees one whole forward pass. With a plain head no step of a pass waits for the device.
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
         self.precision: Precision = "float32"
+        use_repeated_heads(model)
         embedding = model.get_output_embeddings()
         self.head = ChunkedCrossEntropy(embedding) if isinstance(embedding, nn.Linear) else None
         self._head_is_enough: bool | None = None if self.head else False
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        """Losses (R,) in float64 of rows (R, T); labels are -100 where the loss is not asked for.
+    @property
+    def plain(self) -> bool:
+        """Whether the logits are the output embedding of the decoder's states; known after the first pass."""
+        return bool(self._head_is_enough)
 
-        Cross entropy is float32; a row without response tokens gives NaN.
-        """
-        targets = labels[:, 1:]
-        asked = targets != IGNORED
+    def forward(self, input_ids: Tensor, positions: Tensor, words: Tensor, counts: Tensor) -> Tensor:
+        """Losses (R,) in float64 of rows, given as `response_inputs` makes them. Cross entropy is float32."""
         if self._head_is_enough is None:
             self._head_is_enough = self._try_head(input_ids.device)
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             if self.head is not None and self._head_is_enough:
-                hidden = self.model.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-                losses = self.head(hidden.last_hidden_state[:, :-1][asked], targets[asked])
+                hidden = self.model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+                losses = self.head(hidden.flatten(0, 1)[positions], words)
             else:
-                losses = self._by_row(input_ids, attention_mask, targets)
+                losses = self._by_row(input_ids, positions, words)
         # Unique positions, then one sum a row: unlike index_add this is deterministic on CUDA.
-        dense = torch.zeros(targets.shape, dtype=torch.float64, device=losses.device)
-        dense[asked] = losses.double()
-        return dense.sum(dim=1) / asked.sum(dim=1)
+        dense = torch.zeros(input_ids.shape, dtype=torch.float64, device=losses.device)
+        dense.view(-1)[positions] = losses.double()
+        return dense.sum(dim=1) / counts
 
     @torch.no_grad()
     def _try_head(self, device: torch.device) -> bool:
@@ -110,27 +114,56 @@ class ResponseLoss(nn.Module):
         own = F.cross_entropy(logits.float(), words, reduction="none")
         return torch.allclose(self.head(hidden, words), own, rtol=1e-5, atol=1e-5)
 
-    def _by_row(self, input_ids: Tensor, attention_mask: Tensor, targets: Tensor) -> Tensor:
+    def _by_row(self, input_ids: Tensor, positions: Tensor, words: Tensor) -> Tensor:
         """Cross entropies (N,) from the model's own logits, a row at a time."""
         losses = []
-        for ids, mask, words in zip(input_ids, attention_mask, targets, strict=True):
-            length = int(mask.sum())
-            asked = words[: length - 1] != IGNORED
-            keep = length - int(asked.int().argmax())
-            logits = self._logits(ids[None, :length], mask[None, :length], keep)[0, :-1]
-            asked, words = asked[-(keep - 1) :], words[length - keep : length - 1]
-            losses.append(F.cross_entropy(logits[asked].float(), words[asked], reduction="none"))
+        rows, places = positions // input_ids.shape[1], positions % input_ids.shape[1]
+        for row, ids in enumerate(input_ids):
+            asked = places[rows == row]
+            first, last = int(asked[0]), int(asked[-1])
+            logits = self._logits(ids[None, : last + 1], last + 1 - first)[0]
+            losses.append(F.cross_entropy(logits[asked - first].float(), words[rows == row], reduction="none"))
         return torch.cat(losses)
 
-    def _logits(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
+    def _logits(self, input_ids: Tensor, keep: int) -> Tensor:
         """The model's own logits (1, keep, V) of the last `keep` positions."""
         limit = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
-        output = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **limit)
-        logits: Tensor = output.logits
+        logits: Tensor = self.model(input_ids=input_ids, use_cache=False, **limit).logits
         return logits[:, -keep:]
 
 
-@dataclass(frozen=True, slots=True)
+def response_inputs(
+    rows: Sequence[Encoded], pad_token_id: int, device: torch.device, *, length: int | None = None
+) -> dict[str, Tensor]:
+    """Arguments of `ResponseLoss` for rows, on the device.
+
+    Rows are filled up on the right, and no mask goes with them: a causal model's states depend on nothing that follows.
+    Without one, fused attention kernels run that skip what causality hides.
+
+    Args:
+        rows: R tokenized rows.
+        pad_token_id: what short rows are filled up with.
+        device: where the arguments go.
+        length: T; all shapes then depend on R and T alone, as a recorded pass needs it: every position is asked for,
+            and words that are no response count nothing. None: that of the longest row, and only response tokens are
+            asked for.
+
+    Returns:
+        `input_ids` (R, T), `positions` (N,) in the R x T tokens whose next one is asked for, `words` (N,) these next
+        ones, `counts` (R,) response tokens of a row.
+    """
+    batch = collate(rows, pad_token_id)
+    missing = 0 if length is None else length - batch["input_ids"].shape[1]
+    ids = F.pad(batch["input_ids"], (0, missing), value=pad_token_id)
+    next_words = F.pad(batch["labels"][:, 1:], (0, missing + 1), value=IGNORED)
+    counts = (next_words != IGNORED).sum(dim=1)
+    asked = (next_words != IGNORED).flatten() if length is None else torch.ones(ids.numel(), dtype=torch.bool)
+    positions = asked.nonzero().flatten()
+    tensors = {"input_ids": ids, "positions": positions, "words": next_words.flatten()[positions], "counts": counts}
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class ReferenceBatch:
     """Reference rows of one forward pass."""
 
@@ -139,7 +172,7 @@ class ReferenceBatch:
     weights: Tensor
     """Their weights in the reference loss (R,), float64; 0 for a row that only fills up."""
     tensors: dict[str, Tensor]
-    """Arguments of `ResponseLoss`, each (R, T)."""
+    """Arguments of `ResponseLoss`."""
 
 
 class ReferenceSet:
@@ -158,6 +191,7 @@ class ReferenceSet:
         *,
         mean: LossMean = "example",
         mean_batch: int = 8,
+        device: torch.device = CPU,
         rank: int = 0,
         world: int = 1,
     ):
@@ -165,9 +199,10 @@ class ReferenceSet:
         Args:
             encoded: the reference rows, each with a response token (`require_responses`).
             tokens: padded tokens a batch may hold; a batch has one row at least.
-            pad_token_id: what short rows are filled up with; never attended to.
+            pad_token_id: what short rows are filled up with; no response token sees it.
             mean: what the reference loss is a mean of.
             mean_batch: rows of a batch for `mean="batch"`.
+            device: where the batches stay.
             rank: index of this rank in the scoring group.
             world: ranks of the scoring group.
 
@@ -188,7 +223,9 @@ class ReferenceSet:
         mine, my_weights = order[rank::world], torch.stack(weights[rank::world])
         self.batches = [
             ReferenceBatch(
-                tuple(mine[span]), my_weights[span], collate([encoded[index] for index in mine[span]], pad_token_id)
+                tuple(mine[span]),
+                my_weights[span].to(device),
+                response_inputs([encoded[index] for index in mine[span]], pad_token_id, device),
             )
             for span in _spans(lengths, tokens)
         ]
@@ -198,19 +235,17 @@ class ReferenceSet:
         return float(self.weights @ losses)
 
     @torch.no_grad()
-    def losses(self, loss: Callable[..., Tensor], device: torch.device) -> Tensor:
+    def losses(self, loss: Callable[[ReferenceBatch], Tensor]) -> Tensor:
         """This rank's row losses in a float64 CPU tensor (rows,); NaN for rows of other ranks."""
+        measured = torch.cat([loss(batch) for batch in self.batches])
         result = torch.full((self.rows,), torch.nan, dtype=torch.float64)
-        for batch in self.batches:
-            tensors = {name: tensor.to(device) for name, tensor in batch.tensors.items()}
-            result[list(batch.rows)] = loss(**tensors).cpu()
+        result[[row for batch in self.batches for row in batch.rows]] = measured.cpu()
         return result
 
-    def weighted_losses(self, loss: Callable[..., Tensor], device: torch.device) -> Iterator[Tensor]:
+    def weighted_losses(self, loss: Callable[[ReferenceBatch], Tensor]) -> Iterator[Tensor]:
         """This rank's batches as scalars to differentiate: the mean over ranks of their sums is the reference loss."""
         for batch in self.batches:
-            tensors = {name: tensor.to(device) for name, tensor in batch.tensors.items()}
-            yield self._world * (loss(**tensors) * batch.weights.to(device)).sum()
+            yield self._world * (loss(batch) * batch.weights).sum()
 
 
 def require_responses(rows: Sequence[Mapping[str, Any]], encoded: Sequence[Encoded]) -> None:

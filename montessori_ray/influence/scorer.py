@@ -144,7 +144,8 @@ class Scorer:
         settings = self._settings
         return ReferenceSet(
             rows, settings.reference_tokens, self._chat.pad_token_id, mean=settings.loss_mean,
-            mean_batch=settings.loss_batch, rank=dist.get_rank(), world=dist.get_world_size(),
+            mean_batch=settings.loss_batch, device=device_of(settings), rank=dist.get_rank(),
+            world=dist.get_world_size(),
         )  # fmt: skip
 
     def _set_precision(self, precision: Precision) -> None:
@@ -169,8 +170,12 @@ def open_student(directory: Path, settings: ScoreSettings, pad_token_id: int) ->
     kwargs: dict[str, Any] = {"pad_token_id": pad_token_id, "rule": step_rule(state, settings), "moments": state}
     if settings.backend == "zero" or settings.group_size > 1:
         return ZeroStudent(directory, zero_stage=settings.zero_stage, offload=settings.offload, **kwargs)
-    device = torch.device("cuda", torch.cuda.current_device()) if settings.worker.gpus else torch.device("cpu")
-    return LocalStudent(directory, device=device, compiled=settings.compile, **kwargs)
+    return LocalStudent(directory, device=device_of(settings), compiled=settings.compile, **kwargs)
+
+
+def device_of(settings: ScoreSettings) -> torch.device:
+    """This rank's."""
+    return torch.device("cuda", torch.cuda.current_device()) if settings.worker.gpus else torch.device("cpu")
 
 
 def precision_of(settings: ScoreSettings) -> Precision:

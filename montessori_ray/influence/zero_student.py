@@ -11,10 +11,10 @@ from torch import Tensor
 
 from montessori_ray.influence.estimators import NotFiniteError
 from montessori_ray.influence.moments import open_moments
-from montessori_ray.influence.reference import Precision, ReferenceSet, ResponseLoss
+from montessori_ray.influence.reference import Precision, ReferenceSet, ResponseLoss, response_inputs
 from montessori_ray.influence.update import AdamW
 from montessori_ray.influence.zero_state import EngineState
-from montessori_ray.training.chat import IGNORED, Encoded, collate
+from montessori_ray.training.chat import IGNORED, Encoded
 from montessori_ray.training.engine import build_engine, load_model
 
 ANY_TOKENS = Encoded([0, 0], [IGNORED, 0])
@@ -75,8 +75,7 @@ class ZeroStudent:
         self._module.precision = precision
 
     def step(self, example: Encoded) -> float:
-        tensors = collate([example], self._pad_token_id)
-        loss = self._loss(tensors)
+        loss = self._loss(example)
         value = loss.item()
         if not math.isfinite(value):
             raise NotFiniteError(f"loss of the example is {value}")
@@ -85,7 +84,7 @@ class ZeroStudent:
 
     def null_step(self) -> None:
         # ZeRO's bookkeeping wants a backward pass before a step; times zero it leaves the momentum alone to act.
-        self._apply(self._loss(collate([ANY_TOKENS], self._pad_token_id)) * 0)
+        self._apply(self._loss(ANY_TOKENS) * 0)
 
     def restore(self) -> None:
         self._state.restore()
@@ -95,7 +94,7 @@ class ZeroStudent:
         return self._state.digest()
 
     def reference_losses(self, reference: ReferenceSet) -> Tensor:
-        mine = reference.losses(self._engine, self._device)
+        mine = reference.losses(lambda batch: self._engine(**batch.tensors))
         if dist.get_world_size() == 1:
             return mine
         parts = [torch.empty_like(mine, device=self._device) for _ in range(dist.get_world_size())]
@@ -107,7 +106,8 @@ class ZeroStudent:
 
     def reference_gradient(self, reference: ReferenceSet) -> list[Tensor]:
         def backward() -> None:
-            for number, loss in enumerate(reference.weighted_losses(self._engine, self._device), 1):
+            losses = reference.weighted_losses(lambda batch: self._engine(**batch.tensors))
+            for number, loss in enumerate(losses, 1):
                 self._engine.set_gradient_accumulation_boundary(number == len(reference.batches))
                 self._engine.backward(loss)
 
@@ -122,8 +122,8 @@ class ZeroStudent:
     def change_along(self, gradient: list[Tensor]) -> float:
         return self._state.change_along(gradient)
 
-    def _loss(self, tensors: dict[str, Tensor]) -> Tensor:
-        loss: Tensor = self._engine(**{name: tensor.to(self._device) for name, tensor in tensors.items()})[0]
+    def _loss(self, example: Encoded) -> Tensor:
+        loss: Tensor = self._engine(**response_inputs([example], self._pad_token_id, self._device))[0]
         return loss
 
     def _apply(self, loss: Tensor) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
 from montessori_ray.errors import ModelError
-from montessori_ray.influence import local_student
+from montessori_ray.influence import update
 from montessori_ray.influence.estimators import Example
 from montessori_ray.influence.local_student import LocalStudent
 from montessori_ray.influence.reference import LossMean
@@ -113,10 +113,10 @@ def interrupted(tried: Any, place: str) -> Iterator[None]:
         output.register_hook(fail)
 
     here = isinstance(tried, LocalStudent)
-    layers = (tried._modules["warmed"] if here else tried._module).model.get_decoder().layers
+    layers = (tried._masters.modules["warmed"] if here else tried._module).model.get_decoder().layers
     with pytest.MonkeyPatch.context() as patch:
         if place == "step":
-            patch.setattr(*((local_student, "adamw") if here else (tried._engine.basic_optimizer, "step")), fail)
+            patch.setattr(*((update, "adamw") if here else (tried._engine.basic_optimizer, "step")), fail)
         hook = layers[0].register_forward_hook({"forward": fail, "backward": fail_later}.get(place, lambda *_: None))
         yield
         hook.remove()
@@ -189,7 +189,7 @@ def test_poison_is_quarantined_and_changes_nothing(warmed: Path, backend: Backen
     masked = estimator.score(Example("masked", Encoded(tokens, [-100] * len(tokens))))
     assert masked.quarantine == "no response token within student.max_length"
     assert masked.influence is None
-    module = poisoned._engine.module if isinstance(poisoned, ZeroStudent) else poisoned._modules["warmed"]  # type: ignore[attr-defined]
+    module = poisoned._engine.module if isinstance(poisoned, ZeroStudent) else poisoned._masters.modules["warmed"]  # type: ignore[attr-defined]
     embedding = module.model.get_input_embeddings()
     handle = embedding.register_forward_hook(lambda module, inputs, output: output * torch.nan)
     assert estimator.score(EXAMPLES[1]).quarantine == "loss of the example is nan"

@@ -57,7 +57,7 @@ def groups(warmed: Path) -> Iterator[list[Exact]]:
     made = []
     for _ in range(2):
         warm: Any = student(warmed)
-        for module in warm._modules.values():
+        for module in warm._masters.modules.values():
             module.model.get_input_embeddings().register_forward_hook(choke)
         made.append(exact(warm))
     return made  # type: ignore[return-value]
@@ -91,7 +91,7 @@ def state(warm: Any) -> list[torch.Tensor]:
     """Every tensor that a step reads, as it is in memory."""
     if isinstance(warm, ZeroStudent):
         return [*warm._state._tensors(), *warm._engine.module.buffers()]
-    return [warm._weights, *warm._moments, *warm._modules["warmed"].buffers()]
+    return [warm._weights, *warm._moments, *warm._masters.modules["warmed"].buffers()]
 
 
 def counters(warm: Any) -> list[int]:

@@ -25,6 +25,7 @@ from montessori_ray.influence.reference import (
     ResponseLoss,
     influence_and_se,
     require_responses,
+    response_inputs,
     row_weights,
 )
 from montessori_ray.training.chat import Encoded
@@ -81,7 +82,7 @@ def test_rows_equal_the_models_own_loss(architecture: str, monkeypatch: pytest.M
     model = model_of(architecture)
     rows = random_rows([3, 17, 9, 2, 30, 11, 17])
     loss = ResponseLoss(model)
-    losses = ReferenceSet(rows, 40, 0).losses(loss, torch.device("cpu"))
+    losses = ReferenceSet(rows, 40, 0).losses(lambda batch: loss(**batch.tensors))
     assert loss._head_is_enough == (architecture in PLAIN_HEADS)
     torch.testing.assert_close(losses, torch.tensor([own_loss(model, row) for row in rows]).double(), rtol=0, atol=3e-6)
 
@@ -93,9 +94,26 @@ def test_gradient_equals_the_models_own() -> None:
     model(**inputs).loss.backward()
     expected = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
     model.zero_grad()
-    ResponseLoss(model)(**inputs, attention_mask=torch.ones(1, 20, dtype=torch.long))[0].backward()
+    ResponseLoss(model)(**response_inputs([row], 0, torch.device("cpu")))[0].backward()
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("architecture", sorted(PLAIN_HEADS))
+def test_a_pass_of_a_fixed_shape_is_the_same(architecture: str) -> None:
+    model = ResponseLoss(model_of(architecture))
+    rows = random_rows([20, 9])
+    gradients = []
+    for length in (None, 32):
+        inputs = response_inputs(rows, 0, torch.device("cpu"), length=length)
+        losses = model(**inputs)
+        losses.sum().backward()
+        gradients.append([losses.detach(), *(parameter.grad for parameter in model.parameters())])
+        model.zero_grad()
+    assert inputs["input_ids"].shape == (2, 32)
+    assert inputs["positions"].tolist() == list(range(64))  # of any rows
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
@@ -135,9 +153,9 @@ def test_ranks_split_the_rows_and_run_the_same_passes(world: int) -> None:
     rows = random_rows([3, 17, 9, 2, 30, 11, 17])
     shares = [ReferenceSet(rows, 40, 0, rank=rank, world=world) for rank in range(world)]
     assert len({tuple(len(batch.rows) for batch in share.batches) for share in shares}) == 1
-    losses = [share.losses(model, torch.device("cpu")) for share in shares]
+    losses = [share.losses(lambda batch: model(**batch.tensors)) for share in shares]
     together = torch.stack(losses).nanmean(dim=0)
-    alone = ReferenceSet(rows, 40, 0).losses(model, torch.device("cpu"))
+    alone = ReferenceSet(rows, 40, 0).losses(lambda batch: model(**batch.tensors))
     torch.testing.assert_close(together, alone, rtol=0, atol=3e-6)
 
 

@@ -148,7 +148,7 @@ def test_first_order_passes_over_the_reference_set_once(scorer: Callable[..., Sc
     made = scorer(estimator="first_order", verify_every=1)
     passes = []
     student: Any = made._student
-    for module in student._modules.values():
+    for module in student._masters.modules.values():
         module.model.get_decoder().register_forward_hook(lambda *_: passes.append(1))
     for example in EXAMPLES:
         made.score(example)

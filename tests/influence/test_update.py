@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from montessori_ray.influence.update import change_along, clip_scale, exact_norm
+from montessori_ray.influence import update
+from montessori_ray.influence.update import AdamW, change_along, clip_scale, exact_norm, write_step
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.5, 100.0])
@@ -33,3 +34,29 @@ def test_the_norm_of_a_long_buffer_is_that_of_float64(size: int) -> None:
     generator = torch.Generator().manual_seed(0)
     flat = torch.randn(size, generator=generator) * torch.randn(size, generator=generator).mul(2).exp()
     assert exact_norm(flat).item() == pytest.approx(flat.double().norm().item(), rel=5e-7)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_written_step_is_torchs_own(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The float32 kernel of CPUs, and the plain step that is compiled for GPUs, against AdamW in float64."""
+    rule = AdamW(step=5, learning_rate=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, max_grad_norm=1.0)
+    generator = torch.Generator().manual_seed(0)
+    weights, gradient, exp_avg, exp_avg_sq = (torch.randn(10_001, generator=generator) for _ in range(4))
+    exp_avg_sq = exp_avg_sq.square() * 1e-2
+    parameter = torch.nn.Parameter(weights.double())
+    parameter.grad = gradient.double() * 0.3
+    optimizer = torch.optim.AdamW([parameter], lr=rule.learning_rate, betas=rule.betas, eps=rule.eps, weight_decay=0.1)
+    moments = {"exp_avg": exp_avg.double(), "exp_avg_sq": exp_avg_sq.double()}
+    optimizer.state[parameter] = {"step": torch.tensor(5.0), **moments}
+    optimizer.step()
+
+    kept, stepped, scale = [tensor.clone() for tensor in (weights, exp_avg, exp_avg_sq)], weights + 9, torch.tensor(0.3)
+    if compiled:
+        plain = update._compiled(update._write_chunk)
+        plain((stepped, weights, gradient, exp_avg, exp_avg_sq), scale, rule, fused=False)
+    else:
+        monkeypatch.setitem(update.CHUNK, "cpu", 4096)
+        write_step(stepped, weights, gradient, exp_avg, exp_avg_sq, scale, rule)
+    torch.testing.assert_close((stepped - weights).double(), parameter.detach() - weights, rtol=1e-5, atol=5e-7)
+    assert all(map(torch.equal, (weights, exp_avg, exp_avg_sq), kept))
+    assert not gradient.any()
