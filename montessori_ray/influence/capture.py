@@ -24,10 +24,11 @@ class Graphs:
     def __init__(self) -> None:
         self._recorded: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
         self._refused = False
 
     def run(self, key: Hashable, work: Callable[[], Tensor], undo: Callable[[], object]) -> Tensor:
-        """What `work` returns, replayed where it was recorded.
+        """What `work` returns, replayed where it was recorded; a copy of it, which no other piece of work overwrites.
 
         Args:
             key: of this work; it has read and written the same tensors every time.
@@ -46,17 +47,16 @@ class Graphs:
             return work()
         graph, result = self._recorded[key]
         graph.replay()
-        return result
+        return result.clone()  # its memory may be what a piece recorded earlier works in
 
     def _record(self, work: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):  # that of the recording, to which autograd's nodes are bound by then
             for _ in range(WARM_UPS):
                 work()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads, a process group's watchdog say, may ask the device things that a recording would forbid them.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             result = work()
         return graph, result

@@ -35,8 +35,13 @@ class Student(Protocol):
         """Where the copy of the warmed state lies that `restore` reads: a device, or `pinned host memory`."""
         ...
 
-    def set_precision(self, precision: Precision) -> None:
-        """How forward and backward passes compute from now on; weights and moments are float32 always."""
+    def set_precision(self, precision: Precision, *, recorded: bool = True) -> None:
+        """How forward and backward passes compute from now on; weights and moments are float32 always.
+
+        Args:
+            precision: of the passes.
+            recorded: they may be replayed from CUDA graphs, where the backend has some.
+        """
         ...
 
     def step(self, example: Encoded) -> float:

@@ -81,6 +81,7 @@ class LocalStudent:
         self._generators = generator_states()
         self._state: State = "warmed"
         self._precision: Precision = "float32"
+        self._may_record = device.type == "cuda"
         self._in_bfloat16: Copies | None = None
         self._graphs: dict[Precision, Graphs] = {}
         self._fixed_inputs: dict[int, dict[str, Tensor]] = {}
@@ -89,8 +90,9 @@ class LocalStudent:
     def snapshot(self) -> str:
         return "not needed"  # the warmed weights are never written to
 
-    def set_precision(self, precision: Precision) -> None:
+    def set_precision(self, precision: Precision, *, recorded: bool = True) -> None:
         self._precision = precision
+        self._may_record = recorded and self._device.type == "cuda"
         if precision == "bfloat16" and self._in_bfloat16 is None:
             self._in_bfloat16 = self._masters.in_bfloat16(self._compiled)
         self._copies = self._in_bfloat16 if precision == "bfloat16" and self._in_bfloat16 else self._masters
@@ -99,8 +101,8 @@ class LocalStudent:
         gradient = self._copies.gradient
         try:
             loss, norm = self._gradient_of(example), exact_norm(gradient)
-            value, length = torch.stack([loss, norm.double()]).tolist()
-            if not (math.isfinite(value) and math.isfinite(length)):
+            value, size = torch.stack([loss, norm.double()]).tolist()
+            if not (math.isfinite(value) and math.isfinite(size)):
                 what = "gradient of the example is not finite"
                 raise NotFiniteError(what if math.isfinite(value) else f"loss of the example is {value}")
             self._step(clip_scale([norm], self._rule.max_grad_norm))
@@ -153,19 +155,19 @@ class LocalStudent:
 
     def _gradient_of(self, example: Encoded) -> Tensor:
         """Add the gradient of an example to the buffer and return its loss (scalar)."""
-        module, pad = self._copies.modules["warmed"], self._pad_token_id
+        module = self._copies.modules["warmed"]
         if not self._records(module):
-            return _backward(module, response_inputs([example], pad, self._device))
+            return _backward(module, response_inputs([example], self._pad_token_id, self._device))
         length = math.ceil(len(example.input_ids) / BUCKET) * BUCKET
-        inputs = response_inputs([example], pad, self._device, length=length)
+        inputs = response_inputs([example], self._pad_token_id, self._device, length=length)
         fixed = self._fixed_inputs.setdefault(length, inputs)
         for name, tensor in inputs.items():
             fixed[name].copy_(tensor)
         return self._recorded(length, lambda: _backward(module, fixed), undo=self._copies.gradient.zero_)
 
     def _records(self, module: ResponseLoss) -> bool:
-        """Whether passes are recorded: what the model computes itself may wait for the device."""
-        return self._device.type == "cuda" and module.plain
+        """Whether passes are recorded: what a model computes with its own head may wait for the device."""
+        return self._may_record and module.plain
 
     def _recorded(self, key: Hashable, work: Callable[[], Tensor], undo: Callable[[], object]) -> Tensor:
         """Work of the present precision, as `Graphs.run`."""

@@ -122,8 +122,8 @@ class Scorer:
         )
 
     def _score_again(self, example: Example) -> Score:
-        """`exact` in float32, whatever the settings say."""
-        self._set_precision("float32")
+        """`exact` in float32, whatever the settings say; launched, so that it checks what was replayed as well."""
+        self._set_precision("float32", recorded=False)
         if self._recheck is None:
             same = self._estimator.name == "exact" and self._precision == "float32"
             self._recheck = self._estimator if same else self._open_estimator("exact")
@@ -148,9 +148,9 @@ class Scorer:
             world=dist.get_world_size(),
         )  # fmt: skip
 
-    def _set_precision(self, precision: Precision) -> None:
+    def _set_precision(self, precision: Precision, *, recorded: bool = True) -> None:
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-        self._student.set_precision(precision)
+        self._student.set_precision(precision, recorded=recorded)
 
 
 @contextmanager

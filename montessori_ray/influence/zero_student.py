@@ -71,7 +71,7 @@ class ZeroStudent:
     def snapshot(self) -> str:
         return self._state.snapshot
 
-    def set_precision(self, precision: Precision) -> None:
+    def set_precision(self, precision: Precision, *, recorded: bool = True) -> None:
         self._module.precision = precision
 
     def step(self, example: Encoded) -> float:
@@ -108,7 +108,7 @@ class ZeroStudent:
         def backward() -> None:
             losses = reference.weighted_losses(lambda batch: self._engine(**batch.tensors))
             for number, loss in enumerate(losses, 1):
-                self._engine.set_gradient_accumulation_boundary(number == len(reference.batches))
+                self._engine.set_gradient_accumulation_boundary(number == len(reference.gradient_batches))
                 self._engine.backward(loss)
 
         try:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -16,6 +17,7 @@ from transformers import (
     PreTrainedConfig,
     Qwen2Config,
 )
+from transformers.utils import import_utils
 
 from montessori_ray.errors import DataError
 from montessori_ray.influence import reference
@@ -47,9 +49,10 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
     "gpt2": lambda: GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64),
     "gemma2": lambda: Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=2.0),
     "gemma3": lambda: Gemma3TextConfig(**SIZES, head_dim=8),
+    "gemma3_windows": lambda: Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=6),
     "granite": lambda: GraniteConfig(**SIZES, logits_scaling=4.0),
 }
-PLAIN_HEADS = {"llama", "llama_tied", "qwen2", "gpt2", "gemma3"}
+PLAIN_HEADS = {"llama", "llama_tied", "qwen2", "gpt2", "gemma3", "gemma3_windows"}
 
 
 def model_of(architecture: str) -> torch.nn.Module:
@@ -116,6 +119,28 @@ def test_a_pass_of_a_fixed_shape_is_the_same(architecture: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("architecture", "masks"), [("llama", 0), ("gemma3", 0), ("gemma3_windows", 2)])
+def test_no_mask_is_made_where_causality_is_all_not_even_while_a_graph_is_recorded(
+    architecture: str, masks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers decides it by the device's values, and otherwise when a stream is being recorded."""
+    model, attend, seen = ResponseLoss(model_of(architecture)), F.scaled_dot_product_attention, []
+
+    def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(kwargs.get("attn_mask"))
+        return attend(*args, **kwargs)
+
+    inputs = response_inputs(random_rows([17, 9]), 0, torch.device("cpu"))
+    launched = model(**inputs)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    for recording in (False, True):
+        monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", lambda recording=recording: recording)
+        seen.clear()
+        assert torch.equal(model(**inputs), launched)
+        assert len(seen) == SIZES["num_hidden_layers"]
+        assert sum(mask is not None for mask in seen) == masks
+
+
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_a_gradient_holds_one_chunk_of_logits_and_is_the_same(bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "CHUNK_LOGITS", 8 * VOCAB)
@@ -145,6 +170,9 @@ def test_batches_keep_to_the_budget() -> None:
     assert sorted(row for batch in batches for row in batch.rows) == list(range(7))
     for batch in batches:
         assert len(batch.rows) == 1 or batch.tensors["input_ids"].numel() <= 40
+    small = ReferenceSet(random_rows([3, 17, 9, 2, 30, 11, 17]), 160, 0).gradient_batches
+    assert sorted(row for batch in small for row in batch.rows) == list(range(7))
+    assert [len(batch.rows) for batch in small] == [1, 1, 1, 1, 2, 1]  # of 20 tokens
 
 
 @pytest.mark.parametrize("world", [2, 3])
