@@ -18,6 +18,10 @@ WARM_UPS = 2
 """Runs before a recording: kernels are chosen, compiled and given their memory by then."""
 
 
+def can_record(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 class Graphs:
     """Recorded pieces of work by key, which share their memory: one runs at a time."""
 

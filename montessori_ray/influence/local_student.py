@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from montessori_ray.influence.capture import Graphs
+from montessori_ray.influence.capture import Graphs, can_record
 from montessori_ray.influence.copies import Copies, State, views
 from montessori_ray.influence.estimators import NotFiniteError
 from montessori_ray.influence.fingerprint import checksum, generator_states, set_generator_states
@@ -81,7 +81,7 @@ class LocalStudent:
         self._generators = generator_states()
         self._state: State = "warmed"
         self._precision: Precision = "float32"
-        self._may_record = device.type == "cuda"
+        self._may_record = can_record(device)
         self._in_bfloat16: Copies | None = None
         self._graphs: dict[Precision, Graphs] = {}
         self._fixed_inputs: dict[int, dict[str, Tensor]] = {}
@@ -92,7 +92,7 @@ class LocalStudent:
 
     def set_precision(self, precision: Precision, *, recorded: bool = True) -> None:
         self._precision = precision
-        self._may_record = recorded and self._device.type == "cuda"
+        self._may_record = recorded and can_record(self._device)
         if precision == "bfloat16" and self._in_bfloat16 is None:
             self._in_bfloat16 = self._masters.in_bfloat16(self._compiled)
         self._copies = self._in_bfloat16 if precision == "bfloat16" and self._in_bfloat16 else self._masters

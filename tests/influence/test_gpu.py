@@ -84,3 +84,17 @@ def test_a_real_refusal_leaves_the_device_usable() -> None:
     graphs, ones = Graphs(), torch.ones(4, device="cuda")
     assert graphs.run("waits", lambda: ones * ones.sum().item(), undo=lambda: None).tolist() == [4.0] * 4
     assert graphs.run("other", lambda: ones + 1, undo=lambda: None).tolist() == [2.0] * 4
+
+
+def test_results_outlive_other_work_whatever_was_recorded_first() -> None:
+    graphs = Graphs()
+    sizes = [4, 700, 4, 90, 700, 4]
+    inputs = [torch.full((size,), float(number), device="cuda") for number, size in enumerate(sizes)]
+
+    def result(number: int) -> torch.Tensor:
+        return graphs.run(number, lambda: (inputs[number] * 2).sum().expand(3) * torch.ones(3, device="cuda"), undo=int)
+
+    for number in reversed(range(len(sizes))):
+        result(number)
+    results = [result(number) for number in range(len(sizes))]
+    assert [value[0].item() for value in results] == [2.0 * number * size for number, size in enumerate(sizes)]

@@ -11,6 +11,7 @@ import torch
 
 from montessori_ray.config import Score
 from montessori_ray.errors import DataError, ModelError
+from montessori_ray.influence import local_student
 from montessori_ray.influence.estimators import Exact, Measured
 from montessori_ray.influence.scorer import Scorer
 from montessori_ray.influence.zero_state import leaves_room
@@ -160,6 +161,39 @@ def test_where_the_snapshot_lies_is_told(scorer: Callable[..., Scorer]) -> None:
     assert scorer(backend="zero").baselines["snapshot"] == "cpu"
     assert leaves_room(40, 80)
     assert not leaves_room(41, 80)
+
+
+class Replayed:
+    """Stands for `Graphs` where there is no GPU: work is done as it was when its key was new."""
+
+    def __init__(self) -> None:
+        self.works: dict[Any, Callable[[], torch.Tensor]] = {}
+
+    def run(self, key: Any, work: Callable[[], torch.Tensor], undo: Callable[[], object]) -> torch.Tensor:
+        if key not in self.works:
+            self.works[key] = work
+            work()
+            undo()
+        return self.works[key]()
+
+
+@pytest.mark.parametrize("settings", [{}, {"precision": "bfloat16"}, {"estimator": "corrected", "correction_rows": 3}])
+def test_recorded_passes_serve_all_examples_of_a_length(
+    scorer: Callable[..., Scorer], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = influences(scorer(**settings))
+    monkeypatch.setattr(local_student, "can_record", lambda device: True)
+    monkeypatch.setattr(local_student, "Graphs", Replayed)
+    monkeypatch.setattr(local_student, "BUCKET", 4)
+    made = scorer(**settings, verify_every=1)
+    assert influences(made) == pytest.approx(expected, abs=1e-2 if "precision" in settings else 1e-6)
+    assert influences(made) == influences(made)
+    (graphs,) = made._student._graphs.values()  # type: ignore[attr-defined]
+    lengths = {key for key in graphs.works if isinstance(key, int)}
+    assert 1 < len(lengths) < len(EXAMPLES)
+    rechecked = made.score({**EXAMPLES[0], "recheck": True})
+    assert (graphs,) == tuple(made._student._graphs.values())  # type: ignore[attr-defined]
+    assert rechecked.recheck_influence == pytest.approx(influences(scorer())[0], abs=1e-6)
 
 
 @pytest.mark.slow
