@@ -62,25 +62,31 @@ TINYLLAMA = LlamaConfig(
 )  # fmt: skip
 """TinyLlama-1.1B's shape, with the embedded model's vocabulary, whose tokenizer is used."""
 
+ONE_GPU = [
+    "--device", "cuda", "--shape", "tinyllama", "--reference", "192", "--points", "64", "--paper-rows", "192",
+    "--tokens", "16384", "--precision", "bfloat16", "tf32",
+]  # fmt: skip
+"""Arguments for one GPU: what the paper's procedure computes in, and tf32 beside it."""
+
 WARM_STEPS, WARM_BATCH = 4, 4
 """Steps of the quickstart student's warm-up and rows a step: enough for moments that are not noise."""
 
 RULE = AdamW(step=WARM_STEPS, learning_rate=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, max_grad_norm=1.0)
 
 
-def main() -> None:
-    arguments = _arguments()
+def main(words: list[str] | None = None) -> None:
+    arguments = parse_arguments(words)
     torch.set_num_threads(arguments.threads)
     disable_progress_bar()
     device = torch.device(arguments.device)
-    rows = _rows(arguments.rows)
+    rows = read_rows(arguments.rows)
     reference, rest = rows[: arguments.reference], rows[arguments.reference :]
     examples, warm_up = rest[: arguments.points], rest[arguments.points :][: WARM_STEPS * WARM_BATCH]
     if len(examples) < 2:
         sys.exit(f"{len(rows)} rows are too few for {arguments.reference} reference rows and 2 points")
     join_alone()
     with TemporaryDirectory() as folder:
-        student = _student(Path(folder) / "student", arguments.shape, warm_up, device)
+        student = make_student(Path(folder) / "student", arguments.shape, warm_up, device)
         measured = {name: _measured(student, reference, examples, name, arguments) for name in arguments.precision}
     influences = {name: found.pop("influences") for name, found in measured.items()}
     gold = influences[min(influences, key=PRECISIONS.index)]["exact"]
@@ -89,7 +95,7 @@ def main() -> None:
             estimator: _agreement(values, gold) for estimator, values in influences[name].items() if values is not gold
         }
     result: dict[str, Any] = {
-        "machine": _machine(device, arguments.threads),
+        "machine": describe_machine(device, arguments.threads),
         "student": arguments.shape,
         "reference_rows": len(reference),
         "points": len(examples),
@@ -296,7 +302,7 @@ def _best(work: Callable[[], Any], device: torch.device) -> float:
     return min(seconds)
 
 
-def _student(folder: Path, shape: str, warm_up: list[Any], device: torch.device) -> Path:
+def make_student(folder: Path, shape: str, warm_up: list[Any], device: torch.device) -> Path:
     """A student with moments on disk: of a few steps, or random where its weights are."""
     if shape == "quickstart":
         prune_layers(resolve_model(EMBEDDED), list(range(10, 20)), folder)
@@ -336,13 +342,13 @@ def _warm_up(model: Any, chat: ChatFormat, rows: list[Any]) -> dict[str, Tensor]
     }
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
+def read_rows(path: Path) -> list[dict[str, str]]:
     lines: Iterable[str] = path.read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     return [{"instruction": row["instruction"], "response": row.get("response") or row["output"]} for row in rows]
 
 
-def _machine(device: torch.device, threads: int) -> str:
+def describe_machine(device: torch.device, threads: int) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name()
     return f"{platform.processor() or platform.machine()}, {threads} threads of {os.cpu_count()}"
@@ -387,7 +393,7 @@ def _print_precision(result: dict[str, Any]) -> None:
         print(f"{estimator} against exact: {said}")
 
 
-def _arguments() -> argparse.Namespace:
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     shipped = Path(__file__).parent.parent / "configs/data/reference.jsonl"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, default=shipped, help="JSONL with instruction and response (or output)")
@@ -401,7 +407,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=512, help="score.reference_tokens")
     parser.add_argument("--compile", action="store_true", help="score.compile")
     parser.add_argument("--json", help="write the numbers here")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 if __name__ == "__main__":

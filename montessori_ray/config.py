@@ -412,12 +412,13 @@ class Score(Section):
     """Times a scoring group is started again after it died; the next time it is retired and the others go on."""
     backend: Literal["auto", "local", "zero"] = "auto"
     """`local`: the whole student on one device (20 bytes a weight, 24 with `first_order` and `corrected`, which starts
-    with 28). `zero`: in a DeepSpeed engine, sharded over the group by `zero_stage`. `auto`: local for groups of one
-    rank."""
+    with 28; 6 more in bfloat16). `zero`: in a DeepSpeed engine, sharded over the group by `zero_stage`. `auto`: local
+    for groups of one rank."""
     compile: bool = False
-    """Compile the passes of backend `local` with torch.compile: half a minute or more once, for students on GPUs."""
+    """Compile the layers of backend `local` with torch.compile: half a minute or more once, for students on GPUs."""
     reference_tokens: Count = 8192
-    """Padded tokens in one forward pass over reference rows; bounds memory, changes no score beyond rounding."""
+    """Padded tokens in one forward pass over reference rows, an eighth of them where a gradient is taken; bounds memory,
+    changes no score beyond rounding."""
     verify_every: Count = 64
     """Points between checks that the restored state equals the warmed one bit for bit."""
 

@@ -6,13 +6,11 @@ bfloat16, as the paper's procedure is, and in tf32 beside it.
 All other arguments of that script may follow.
 """
 
-import runpy
 import sys
 from pathlib import Path
 
-SIZES = {"device": "cuda", "shape": "tinyllama", "reference": 192, "points": 64, "paper-rows": 192, "tokens": 16384}
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import influence
 
 if __name__ == "__main__":
-    sizes = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
-    sys.argv[1:1] = [*sizes, "--precision", "bfloat16", "tf32"]
-    runpy.run_path(str(Path(__file__).parent.parent / "influence.py"), run_name="__main__")
+    influence.main([*influence.ONE_GPU, *sys.argv[1:]])
