@@ -417,8 +417,8 @@ class Score(Section):
     compile: bool = False
     """Compile the layers of backend `local` with torch.compile: half a minute or more once, for students on GPUs."""
     reference_tokens: Count = 8192
-    """Padded tokens in one forward pass over reference rows, an eighth of them with a gradient; bounds memory, changes no
-    score beyond rounding."""
+    """Padded tokens in one forward pass over reference rows, an eighth with a gradient; bounds memory, changes no score
+    beyond rounding."""
     verify_every: Count = 64
     """Points between checks that the restored state equals the warmed one bit for bit."""
 
