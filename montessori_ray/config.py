@@ -572,7 +572,7 @@ class Compare(Section):
 
     arms: dict[str, dict[str, Any]]
     """Name -> dotted settings over the config's, e.g. `shuffled_labels: {pair.signal: shuffled_labels}`; `{}` is the
-    config as it is."""
+    config as it is, null leaves out an arm of the extended file."""
     against: str
     """The arm that all others are compared with."""
     tuning_seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
@@ -583,6 +583,11 @@ class Compare(Section):
     """`crossed` trains a student of every student seed on the data of every teacher; `paired` one student a teacher, of
     the student seed at the tuning seed's place: where teachers differ more than students of one teacher, as many
     students of different teachers say more (docs/results.md)."""
+
+    @field_validator("arms", mode="before")
+    @classmethod
+    def _left_out(cls, value: Any) -> Any:
+        return {name: arm for name, arm in value.items() if arm is not None} if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _arms_are_arms(self) -> Self:

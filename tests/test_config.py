@@ -159,6 +159,16 @@ def test_extends_merges_sections_key_by_key(tmp_path: Path) -> None:
     assert config.iterations == 3
 
 
+def test_an_arm_of_the_extended_file_may_be_left_out(tmp_path: Path) -> None:
+    write(tmp_path, MINIMAL | {"compare": {"against": "a", "arms": {"a": {}, "b": {"seed": 1}}}}, "base.yaml")
+    extended = {"extends": "base.yaml", "compare": {"arms": {"b": None, "c": {"iterations": 2}}}}
+    compare = load_config(write(tmp_path, extended)).compare
+    assert compare is not None
+    assert compare.arms == {"a": {}, "c": {"iterations": 2}}
+    with pytest.raises(ConfigError, match="against is 'a', expected one of the arms: c"):
+        load_config(write(tmp_path, extended | {"compare": {"arms": {"a": None, "b": None, "c": {}}}}))
+
+
 def test_extends_over_two_levels_and_folders_resolves_data_beside_the_file_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
     (tmp_path / "far/seeds.jsonl").touch()
