@@ -61,6 +61,7 @@ class Graphs:
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads, a process group's watchdog say, may ask the device things that a recording would forbid them.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        recording = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+        with torch.cuda.stream(self._stream), recording:  # one that fails leaves its stream the current one
             result = work()
         return graph, result

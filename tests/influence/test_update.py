@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from montessori_ray.influence import update
-from montessori_ray.influence.update import AdamW, change_along, clip_scale, exact_norm, write_step
+from montessori_ray.influence.update import AdamW, change_along, clip_scale, exact_norm, write_by_formula, write_step
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.5, 100.0])
@@ -36,9 +36,8 @@ def test_the_norm_of_a_long_buffer_is_that_of_float64(size: int) -> None:
     assert exact_norm(flat).item() == pytest.approx(flat.double().norm().item(), rel=5e-7)
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_the_written_step_is_torchs_own(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The float32 kernel of CPUs, and the plain step that is compiled for GPUs, against AdamW in float64."""
+@pytest.mark.parametrize("way", ["torch", "formula", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_the_written_step_is_that_of_torch_in_float64(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rule = AdamW(step=5, learning_rate=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, max_grad_norm=1.0)
     generator = torch.Generator().manual_seed(0)
     weights, gradient, exp_avg, exp_avg_sq = (torch.randn(10_001, generator=generator) for _ in range(4))
@@ -51,12 +50,11 @@ def test_the_written_step_is_torchs_own(compiled: bool, monkeypatch: pytest.Monk
     optimizer.step()
 
     kept, stepped, scale = [tensor.clone() for tensor in (weights, exp_avg, exp_avg_sq)], weights + 9, torch.tensor(0.3)
-    if compiled:
-        plain = update._compiled(update._write_chunk)
-        plain((stepped, weights, gradient, exp_avg, exp_avg_sq), scale, rule, fused=False)
-    else:
-        monkeypatch.setitem(update.CHUNK, "cpu", 4096)
-        write_step(stepped, weights, gradient, exp_avg, exp_avg_sq, scale, rule)
+    monkeypatch.setitem(update.CHUNK, "cpu", 4096)
+    if way != "torch":
+        write = update._compiled(write_by_formula) if way == "compiled" else write_by_formula
+        monkeypatch.setattr(update, "_write_by_torch", write)
+    write_step(stepped, weights, gradient, exp_avg, exp_avg_sq, scale, rule)
     torch.testing.assert_close((stepped - weights).double(), parameter.detach() - weights, rtol=1e-5, atol=5e-7)
     assert all(map(torch.equal, (weights, exp_avg, exp_avg_sq), kept))
     assert not gradient.any()
