@@ -85,16 +85,21 @@ def _measured(
         student._gradient_of(example)
         gradients.append(buffer.float().clone())
         pieces["norm"] = _best(lambda: exact_norm(student._copies.gradient))
-        pieces["step"] = _best(lambda: student.null_step())
-        student.restore()
     launched, recorded = gradients
     pieces["recorded gradient, relative difference"] = float((recorded - launched).norm() / launched.norm())
     del gradients, launched, recorded
     pieces["gradient of the reference loss"] = _best(lambda: student.reference_gradient(reference))
     slopes = student.reference_gradient(reference)
-    pieces["inner product"] = _best(lambda: student.change_along(slopes))
-    pieces["check of the state"] = _best(lambda: student.digest())
+    pieces["step, measured along a gradient"] = _best(lambda: _stepped(student, lambda: student.change_along(slopes)))
+    pieces["step, written"] = _best(lambda: _stepped(student, student._write))
+    pieces["check of the state"] = _best(student.digest)
     return pieces
+
+
+def _stepped(student: LocalStudent, work: Callable[[], Any]) -> None:
+    student.null_step()
+    work()
+    student.restore()
 
 
 def _best(work: Callable[[], Any]) -> float:

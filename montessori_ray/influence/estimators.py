@@ -47,7 +47,7 @@ class Student(Protocol):
     def step(self, example: Encoded) -> float:
         """Take one AdamW step on the mean loss of the example's response tokens and return that loss.
 
-        Returns when the new weights are in place (a device has finished).
+        The new weights are in place when something is asked of them.
 
         Raises:
             NotFiniteError: the loss or its gradient is not finite.

@@ -2,9 +2,10 @@
 
 Five buffers hold everything: the warmed weights, AdamW's two moments, the gradient of one example, and the stepped
 weights. A step reads the first four and writes the last one, so the warmed state is never touched and going back to it
-costs nothing. Two copies of the module look into the two weight buffers (`copies`); no engine hooks are in their way,
-so their passes can be compiled, and on a GPU recorded as CUDA graphs. Weights that are not trained (all but an
-adapter's) lie in no buffer; both copies share them.
+costs nothing. It writes when a pass over the stepped weights is asked for: `first_order` only wants to know how far
+they go along a gradient. Two copies of the module look into the two weight buffers (`copies`); no engine hooks are in
+their way, so their passes can be compiled, and on a GPU recorded as CUDA graphs. Weights that are not trained (all but
+an adapter's) lie in no buffer; both copies share them.
 
 Memory: 20 bytes a trained weight, 4 more with `first_order` and `corrected`, which keep a gradient of the reference
 loss (`corrected` takes two, so 8 more while it starts), 6 more for `bfloat16` passes; 4 bytes a weight that is not
@@ -27,7 +28,7 @@ from montessori_ray.influence.estimators import NotFiniteError
 from montessori_ray.influence.fingerprint import checksum, generator_states, set_generator_states
 from montessori_ray.influence.moments import MOMENTS, open_moments
 from montessori_ray.influence.reference import Precision, ReferenceBatch, ReferenceSet, ResponseLoss, response_inputs
-from montessori_ray.influence.update import AdamW, change_along, clip_scale, exact_norm, write_step
+from montessori_ray.influence.update import AdamW, change_along, clip_scale, exact_norm, step_along, write_step
 from montessori_ray.training.chat import Encoded
 from montessori_ray.training.engine import load_model
 
@@ -80,6 +81,8 @@ class LocalStudent:
                         view.copy_(read(moment, parameter))
         self._generators = generator_states()
         self._state: State = "warmed"
+        self._unwritten: Tensor | None = None
+        """Factor on the gradient of a step whose weights are not written yet."""
         self._precision: Precision = "float32"
         self._may_record = can_record(device)
         self._in_bfloat16: Copies | None = None
@@ -105,20 +108,24 @@ class LocalStudent:
             if not (math.isfinite(value) and math.isfinite(size)):
                 what = "gradient of the example is not finite"
                 raise NotFiniteError(what if math.isfinite(value) else f"loss of the example is {value}")
-            self._step(clip_scale([norm], self._rule.max_grad_norm))
+            self._take(clip_scale([norm], self._rule.max_grad_norm))
         except BaseException:
             gradient.zero_()  # or the next example would add to what there is of this one's
             raise
         return float(value)
 
     def null_step(self) -> None:
-        self._step(torch.ones((), device=self._device))
+        self._take(torch.ones((), device=self._device))
 
     def restore(self) -> None:
+        if self._unwritten is not None:
+            self._copies.gradient.zero_()
+        self._unwritten = None
         self._state = "warmed"
         set_generator_states(self._generators)
 
     def digest(self) -> str:
+        self._write()
         tensors = [*self._moments, *generator_states()]
         for copies in (self._masters, self._in_bfloat16):
             if copies is not None:
@@ -128,9 +135,11 @@ class LocalStudent:
         return hashlib.sha256(repr([checksum(tensor) for tensor in tensors]).encode()).hexdigest()
 
     def reference_losses(self, reference: ReferenceSet) -> Tensor:
+        self._write()
         return reference.losses(self._loss)
 
     def reference_gradient(self, reference: ReferenceSet) -> list[Tensor]:
+        self._write()
         total, module = torch.zeros_like(self._weights), self._copies.modules[self._state]
         try:
             with self._copies.collecting(self._state) as gradient:
@@ -143,7 +152,11 @@ class LocalStudent:
         return [total]
 
     def change_along(self, gradient: list[Tensor]) -> float:
-        return change_along(self._stepped, self._weights, gradient[0]).item()
+        if self._unwritten is None:
+            return change_along(self._stepped, self._weights, gradient[0]).item()
+        exp_avg, exp_avg_sq = self._moments
+        step = (self._weights, self._copies.gradient, exp_avg, exp_avg_sq, self._unwritten, self._rule)
+        return step_along(gradient[0], *step).item()
 
     def _loss(self, batch: ReferenceBatch) -> Tensor:
         """Row losses of a batch; its pass over stepped weights, which runs for every point, is recorded on a GPU."""
@@ -175,15 +188,20 @@ class LocalStudent:
             self._graphs[self._precision] = Graphs()
         return self._graphs[self._precision].run(key, work, undo)
 
+    def _take(self, scale: Tensor) -> None:
+        """Step on the gradient times a factor, for now without writing the new weights."""
+        self._unwritten, self._state = scale, "stepped"
+
     @torch.no_grad()
-    def _step(self, scale: Tensor) -> None:
-        """Write the stepped weights from the warmed state and the gradient times a factor; then that is zero."""
+    def _write(self) -> None:
+        """Write the stepped weights, if there are some to write; the gradient is zero then."""
+        if self._unwritten is None:
+            return
         exp_avg, exp_avg_sq = self._moments
-        write_step(self._stepped, self._weights, self._copies.gradient, exp_avg, exp_avg_sq, scale, self._rule)
-        self._state = "stepped"
+        step = (self._weights, self._copies.gradient, exp_avg, exp_avg_sq, self._unwritten, self._rule)
+        write_step(self._stepped, *step)
+        self._unwritten = None
         self._copies.take_step(self._stepped)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 def _backward(module: ResponseLoss, inputs: dict[str, Tensor]) -> Tensor:

@@ -54,7 +54,12 @@ def test_the_written_step_is_that_of_torch_in_float64(way: str, monkeypatch: pyt
     if way != "torch":
         write = update._compiled(write_by_formula) if way == "compiled" else write_by_formula
         monkeypatch.setattr(update, "_write_by_torch", write)
-    write_step(stepped, weights, gradient, exp_avg, exp_avg_sq, scale, rule)
+        monkeypatch.setattr(update, "_along_by_torch", update._along_by_formula)
+    slopes, step = torch.randn(10_001, generator=generator), (weights, gradient, exp_avg, exp_avg_sq, scale, rule)
+    along = update.step_along(slopes, *step).item()
+    assert along == pytest.approx(torch.dot(slopes.double(), parameter.detach() - weights).item(), rel=1e-5, abs=2e-6)
+    write_step(stepped, *step)
+    assert along == pytest.approx(change_along(stepped, weights, slopes).item(), rel=1e-5, abs=2e-6)
     torch.testing.assert_close((stepped - weights).double(), parameter.detach() - weights, rtol=1e-5, atol=5e-7)
     assert all(map(torch.equal, (weights, exp_avg, exp_avg_sq), kept))
     assert not gradient.any()
