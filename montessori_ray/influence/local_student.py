@@ -69,7 +69,10 @@ class LocalStudent:
         self._device = device
         self._pad_token_id = pad_token_id
         self._compiled = compiled
-        self._masters = self._copies = Copies(ResponseLoss(load_model(directory, 0).eval().to(device)), compiled)
+        loaded = ResponseLoss(load_model(directory, 0).eval().to(device))
+        # What a model computes with a head of its own may wait for the device.
+        self._can_record = loaded.try_head(device) and can_record(device)
+        self._masters = self._copies = Copies(loaded, compiled)
         self._weights, self._stepped = self._masters.weights.values()
         self._moments = [torch.zeros_like(self._weights) for _ in MOMENTS]
         if rule.step:
@@ -84,7 +87,7 @@ class LocalStudent:
         self._unwritten: Tensor | None = None
         """Factor on the gradient of a step whose weights are not written yet."""
         self._precision: Precision = "float32"
-        self._may_record = can_record(device)
+        self._records = self._can_record
         self._in_bfloat16: Copies | None = None
         self._graphs: dict[Precision, Graphs] = {}
         self._fixed_inputs: dict[int, dict[str, Tensor]] = {}
@@ -95,7 +98,7 @@ class LocalStudent:
 
     def set_precision(self, precision: Precision, *, recorded: bool = True) -> None:
         self._precision = precision
-        self._may_record = recorded and can_record(self._device)
+        self._records = recorded and self._can_record
         if precision == "bfloat16" and self._in_bfloat16 is None:
             self._in_bfloat16 = self._masters.in_bfloat16(self._compiled)
         self._copies = self._in_bfloat16 if precision == "bfloat16" and self._in_bfloat16 else self._masters
@@ -159,17 +162,19 @@ class LocalStudent:
         return step_along(gradient[0], *step).item()
 
     def _loss(self, batch: ReferenceBatch) -> Tensor:
-        """Row losses of a batch; its pass over stepped weights, which runs for every point, is recorded on a GPU."""
+        """Row losses of a batch; recorded in both states, so that nothing but the weights tells them apart."""
         module = self._copies.modules[self._state]
-        if self._state == "warmed" or not self._records(module):
+
+        def work() -> Tensor:
             losses: Tensor = module(**batch.tensors)
             return losses
-        return self._recorded(batch, lambda: module(**batch.tensors), undo=lambda: None)
+
+        return self._recorded((self._state, batch), work, undo=lambda: None) if self._records else work()
 
     def _gradient_of(self, example: Encoded) -> Tensor:
         """Add the gradient of an example to the buffer and return its loss (scalar)."""
         module = self._copies.modules["warmed"]
-        if not self._records(module):
+        if not self._records:
             return _backward(module, response_inputs([example], self._pad_token_id, self._device))
         length = math.ceil(len(example.input_ids) / BUCKET) * BUCKET
         inputs = response_inputs([example], self._pad_token_id, self._device, length=length)
@@ -177,10 +182,6 @@ class LocalStudent:
         for name, tensor in inputs.items():
             fixed[name].copy_(tensor)
         return self._recorded(length, lambda: _backward(module, fixed), undo=self._copies.gradient.zero_)
-
-    def _records(self, module: ResponseLoss) -> bool:
-        """Whether passes are recorded: what a model computes with its own head may wait for the device."""
-        return self._may_record and module.plain
 
     def _recorded(self, key: Hashable, work: Callable[[], Tensor], undo: Callable[[], object]) -> Tensor:
         """Work of the present precision, as `Graphs.run`."""

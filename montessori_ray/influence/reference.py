@@ -84,17 +84,17 @@ class ResponseLoss(nn.Module):
         self.head = ChunkedCrossEntropy(embedding) if isinstance(embedding, nn.Linear) else None
         self._head_is_enough: bool | None = None if self.head else False
 
-    @property
-    def plain(self) -> bool:
-        """Whether the logits are the output embedding of the decoder's states; known after the first pass."""
-        return bool(self._head_is_enough)
+    def try_head(self, device: torch.device) -> bool:
+        """Whether the logits are the output embedding of the decoder's states, found out by a first short pass."""
+        if self._head_is_enough is None:
+            self._head_is_enough = self._compare_heads(device)
+        return self._head_is_enough
 
     def forward(self, input_ids: Tensor, positions: Tensor, words: Tensor, counts: Tensor) -> Tensor:
         """Losses (R,) in float64 of rows, given as `response_inputs` makes them. Cross entropy is float32."""
-        if self._head_is_enough is None:
-            self._head_is_enough = self._try_head(input_ids.device)
+        plain = self.try_head(input_ids.device)
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            if self.head is not None and self._head_is_enough:
+            if self.head is not None and plain:
                 losses = self.head(self._states(input_ids).flatten(0, 1)[positions], words)
             else:
                 losses = self._by_row(input_ids, positions, words)
@@ -104,7 +104,7 @@ class ResponseLoss(nn.Module):
         return dense.sum(dim=1) / counts
 
     @torch.no_grad()
-    def _try_head(self, device: torch.device) -> bool:
+    def _compare_heads(self, device: torch.device) -> bool:
         """Whether the model's logits are its output embedding of the decoder's states and nothing else.
 
         Some families scale or cap their logits (Gemma 2, Cohere, Granite) under names of their own, so it is tried on a
