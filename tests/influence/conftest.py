@@ -17,6 +17,7 @@ from montessori_ray.influence.scorer import join_alone, leave
 from montessori_ray.influence.update import AdamW
 from montessori_ray.influence.zero_student import ZeroStudent
 from montessori_ray.training.chat import Encoded
+from tests.tiny import write_student
 
 VOCAB = 61
 RULE = AdamW(step=5, learning_rate=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, max_grad_norm=0.7)
@@ -28,6 +29,13 @@ def alone() -> Iterator[None]:
     join_alone()
     yield
     leave()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("student")
+    write_student(directory)
+    return directory
 
 
 def row(length: int, seed: int) -> Encoded:

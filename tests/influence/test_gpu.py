@@ -11,20 +11,13 @@ from montessori_ray.config import Score, WorkerResources
 from montessori_ray.influence import capture
 from montessori_ray.influence.capture import Graphs
 from montessori_ray.influence.scorer import Scorer
-from tests.tiny import rows, write_student
+from tests.tiny import rows
 
 pytestmark = [
     pytest.mark.usefixtures("alone"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 REFERENCE, EXAMPLES = rows(12, 10_000), rows(10, 0)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("student")
-    write_student(directory)
-    return directory
 
 
 @pytest.fixture

@@ -17,17 +17,10 @@ from montessori_ray.influence.scorer import Scorer
 from montessori_ray.influence.zero_state import leaves_room
 from montessori_ray.preferences import build_pairs
 from montessori_ray.stages.score import summarise
-from tests.tiny import TEMPLATE, rows, write_student
+from tests.tiny import TEMPLATE, rows
 
 pytestmark = pytest.mark.usefixtures("alone")
 REFERENCE, EXAMPLES = rows(12, 10_000), rows(6, 0)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("student")
-    write_student(directory)
-    return directory
 
 
 @pytest.fixture
