@@ -283,19 +283,20 @@ def _operations(model: Any, rows: list[Encoded]) -> int:
 def _matmul_rate(device: torch.device, dtype: torch.dtype, tokens: int, hidden: int, inner: int) -> float:
     """Operations a second of a product of the shape of the student's widest layer and a batch of the reference set."""
     left, right = (torch.randn(shape, device=device, dtype=dtype) for shape in ((tokens, hidden), (hidden, inner)))
-    return 2 * tokens * hidden * inner / _best(lambda: left @ right, device)
+    return 2 * tokens * hidden * inner / best(lambda: left @ right, device)
 
 
 def _copy_rate(device: torch.device) -> float:
     """Bytes a second that a copy of a buffer larger than any cache reads and writes."""
     source = torch.zeros(2**27, device=device)
     target = torch.zeros_like(source)
-    return 2 * source.nbytes / _best(lambda: target.copy_(source), device)
+    return 2 * source.nbytes / best(lambda: target.copy_(source), device)
 
 
-def _best(work: Callable[[], Any], device: torch.device) -> float:
+def best(work: Callable[[], Any], device: torch.device, repeats: int = 20) -> float:
+    """Seconds of the fastest run."""
     seconds = []
-    for _ in range(20):
+    for _ in range(repeats):
         clock = _Clock(device)
         work()
         seconds.append(clock.lap())

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,7 +28,8 @@ from montessori_ray.influence.reference import Precision, ReferenceSet
 from montessori_ray.influence.update import AdamW, exact_norm
 from montessori_ray.training.chat import ChatFormat
 
-REPEATS = 4
+REPEATS = 3
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KERNELS = 15
 
 
@@ -43,11 +43,8 @@ def main() -> None:
         directory = influence.make_student(Path(folder) / "student", arguments.shape, rows[-16:], device)
         chat = ChatFormat.load(directory, None, influence.PADDED)
         encoded = [chat.encode(row["instruction"], row["response"]) for row in rows]
-        reference, example = (
-            encoded[: arguments.reference],
-            sorted(encoded, key=lambda row: len(row.input_ids))[len(encoded) // 2],
-        )
-        measured = ReferenceSet(reference, arguments.tokens, chat.pad_token_id, device=device)
+        example = sorted(encoded, key=lambda row: len(row.input_ids))[len(encoded) // 2]
+        measured = ReferenceSet(encoded[: arguments.reference], arguments.tokens, chat.pad_token_id, device=device)
         student = LocalStudent(
             directory, pad_token_id=chat.pad_token_id, rule=AdamW.load(directory), device=device,
             compiled=arguments.compile,
@@ -103,26 +100,15 @@ def _stepped(student: LocalStudent, work: Callable[[], Any]) -> None:
 
 
 def _best(work: Callable[[], Any]) -> float:
-    times = []
-    for _ in range(REPEATS):
-        _wait()
-        start = time.perf_counter()
-        work()
-        _wait()
-        times.append(1e3 * (time.perf_counter() - start))
-    return min(times[1:])
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    """Milliseconds, after a run that compiles and records."""
+    work()
+    return 1e3 * influence.best(work, DEVICE, REPEATS)
 
 
 def _print_kernels(work: Callable[[], Any], title: str) -> None:
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     with profile(activities=kinds) as seen:
-        work()
-        _wait()
+        influence.best(work, DEVICE, 1)
     by_time = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     print(f"\nkernels of an evaluation ({title}), milliseconds and calls")
     for kernel in sorted(seen.key_averages(), key=lambda kernel: -getattr(kernel, by_time))[:KERNELS]:

@@ -25,6 +25,7 @@ class Copies:
             module: the warmed student, which is kept; with a copy whose weights are the same until they are written.
             compiled: pass each kind of layer through `torch.compile`, whatever the shape of a batch.
         """
+        self._compiled = compiled
         self.frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
         self.modules = {"warmed": module, "stepped": _copy(module, {frozen: frozen for frozen in self.frozen})}
         self.trained = {
@@ -43,14 +44,14 @@ class Copies:
             for copied in self.modules.values():
                 compile_regions_deepspeed(copied.model.get_decoder(), dynamic=True)
 
-    def in_bfloat16(self, compiled: bool) -> Copies:
+    def in_bfloat16(self) -> Copies:
         """These, rounded; buffers, such as the frequencies of rotary embeddings, stay as they are."""
         module = self.modules["warmed"]
         rounded = {
             parameter: nn.Parameter(parameter.detach().bfloat16(), requires_grad=parameter.requires_grad)
             for parameter in module.parameters()
         }
-        return Copies(_copy(module, rounded), compiled)
+        return Copies(_copy(module, rounded), self._compiled)
 
     def take_step(self, stepped: Tensor) -> None:
         """Have the stepped student use these weights, flat float32."""

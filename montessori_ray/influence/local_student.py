@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from collections.abc import Callable, Hashable
 from pathlib import Path
 
@@ -68,10 +69,10 @@ class LocalStudent:
         self._rule = rule
         self._device = device
         self._pad_token_id = pad_token_id
-        self._compiled = compiled
         loaded = ResponseLoss(load_model(directory, 0).eval().to(device))
         # What a model computes with a head of its own may wait for the device.
         self._can_record = loaded.try_head(device) and can_record(device)
+        self._longest: int = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
         self._masters = self._copies = Copies(loaded, compiled)
         self._weights, self._stepped = self._masters.weights.values()
         self._moments = [torch.zeros_like(self._weights) for _ in MOMENTS]
@@ -99,9 +100,9 @@ class LocalStudent:
     def set_precision(self, precision: Precision, *, recorded: bool = True) -> None:
         self._precision = precision
         self._records = recorded and self._can_record
-        if precision == "bfloat16" and self._in_bfloat16 is None:
-            self._in_bfloat16 = self._masters.in_bfloat16(self._compiled)
-        self._copies = self._in_bfloat16 if precision == "bfloat16" and self._in_bfloat16 else self._masters
+        self._copies = self._masters
+        if precision == "bfloat16":
+            self._copies = self._in_bfloat16 = self._in_bfloat16 or self._masters.in_bfloat16()
 
     def step(self, example: Encoded) -> float:
         gradient = self._copies.gradient
@@ -176,7 +177,8 @@ class LocalStudent:
         module = self._copies.modules["warmed"]
         if not self._records:
             return _backward(module, response_inputs([example], self._pad_token_id, self._device))
-        length = math.ceil(len(example.input_ids) / BUCKET) * BUCKET
+        tokens = len(example.input_ids)
+        length = max(tokens, min(math.ceil(tokens / BUCKET) * BUCKET, self._longest))  # learned positions end there
         inputs = response_inputs([example], self._pad_token_id, self._device, length=length)
         fixed = self._fixed_inputs.setdefault(length, inputs)
         for name, tensor in inputs.items():

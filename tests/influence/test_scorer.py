@@ -189,6 +189,17 @@ def test_recorded_passes_serve_all_examples_of_a_length(
     assert rechecked.recheck_influence == pytest.approx(influences(scorer())[0], abs=1e-6)
 
 
+def test_recorded_passes_are_no_longer_than_a_model_has_positions(
+    scorer: Callable[..., Scorer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_student, "can_record", lambda device: True)
+    monkeypatch.setattr(local_student, "Graphs", Replayed)
+    made = scorer()
+    made._student._longest = 45  # type: ignore[attr-defined]
+    made.score(EXAMPLES[0])
+    assert list(made._student._fixed_inputs) == [45]  # type: ignore[attr-defined]
+
+
 @pytest.mark.slow
 def test_a_compiled_student_gives_the_same_scores(scorer: Callable[..., Scorer]) -> None:
     assert influences(scorer(compile=True)) == pytest.approx(influences(scorer()), abs=1e-6)
