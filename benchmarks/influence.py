@@ -149,7 +149,10 @@ def _in_bfloat16(student: Path) -> Path:
 def _ours(
     student: Path, reference: list[Any], examples: list[Any], estimator: Any, precision: Precision, arguments: Any
 ) -> tuple[dict[str, Any], list[float]]:
-    """Seconds a point, in its parts: medians over the points, after one that is not counted; and the influences."""
+    """Seconds a point, in its parts: medians over the points; and the influences.
+
+    After what is not counted: a first point, on a GPU all of them, since passes are recorded there once a length.
+    """
     gpu = arguments.device.startswith("cuda")
     settings = Score(
         estimator=estimator, reference_tokens=arguments.tokens, worker=WorkerResources(cpus=1, gpus=float(gpu)),
@@ -157,7 +160,8 @@ def _ours(
     )  # fmt: skip
     scorer = Scorer(student, reference, settings, chat_template=None, max_length=PADDED, worker="benchmark")
     points = [{"example_id": str(number), **row} for number, row in enumerate(examples)]
-    scorer.score(points[0])
+    for point in points if gpu else points[:1]:
+        scorer.score(point)
     start = time.perf_counter()
     scores = [scorer.score(point) for point in points]
     whole = (time.perf_counter() - start) / len(points)

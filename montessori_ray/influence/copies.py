@@ -72,7 +72,6 @@ class Copies:
         for each, parameters in self.trained.items():
             for parameter, view in views(parameters, self.gradient):
                 parameter.grad = view if each == state else None
-                parameter.requires_grad_(each == state)
 
 
 def views(parameters: Sequence[nn.Parameter], flat: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:

@@ -101,7 +101,8 @@ def step_along(
 ) -> Tensor:
     """`change_along` (float64 scalar) of what `write_step` would write; the gradient stays as it is.
 
-    On a GPU one pass over five buffers, where writing weights and reading them again moves eight and a half.
+    On a GPU one pass over four buffers (five with weight decay), where writing weights and reading them again moves
+    eight and a half; and the change as it is, not rounded to what the weights can hold.
     """
     along = _compiled(_along_by_formula) if slopes.device.type == "cuda" else _along_by_torch
     total = torch.zeros((), dtype=torch.float64, device=slopes.device)
@@ -118,8 +119,8 @@ def _along_by_torch(chunk: tuple[Tensor, ...], scale: Tensor, rule: AdamW) -> Te
 
 
 def _along_by_formula(chunk: tuple[Tensor, ...], scale: Tensor, rule: AdamW) -> Tensor:
-    slopes, weights, *others = chunk
-    return _product(_by_formula((weights, *others), scale, rule), weights, slopes)
+    slopes, *others = chunk
+    return (_change(tuple(others), scale, rule) * slopes).sum(dtype=torch.float64)
 
 
 def _write_by_torch(chunk: tuple[Tensor, ...], scale: Tensor, rule: AdamW) -> None:
@@ -135,21 +136,23 @@ def _write_by_torch(chunk: tuple[Tensor, ...], scale: Tensor, rule: AdamW) -> No
 
 def write_by_formula(chunk: tuple[Tensor, ...], scale: Tensor, rule: AdamW) -> None:
     """`write_step` of a chunk, the gradient of which stays as it is; to be compiled."""
-    stepped, *others = chunk
-    stepped.copy_(_by_formula(tuple(others), scale, rule))
+    stepped, weights, *others = chunk
+    stepped.copy_(weights + _change((weights, *others), scale, rule))
 
 
-def _by_formula(chunk: tuple[Tensor, ...], scale: Tensor, rule: AdamW) -> Tensor:
-    """Weights after the step by Loshchilov & Hutter (2019, algorithm 2), its bias corrections in double precision."""
+def _change(chunk: tuple[Tensor, ...], scale: Tensor, rule: AdamW) -> Tensor:
+    """What the step by Loshchilov & Hutter (2019, algorithm 2) adds, its bias corrections in double precision.
+
+    Without weight decay it reads no weights.
+    """
     weights, gradient, exp_avg, exp_avg_sq = chunk
     (beta1, beta2), count = rule.betas, rule.step + 1
     clipped = gradient.float() * scale
     mean = exp_avg + (clipped - exp_avg) * (1 - beta1)
     square = exp_avg_sq * beta2 + clipped * clipped * (1 - beta2)
     denominator = square.sqrt() / (1 - beta2**count) ** 0.5 + rule.eps
-    decayed = weights * (1 - rule.learning_rate * rule.weight_decay)
-    stepped: Tensor = decayed - rule.learning_rate / (1 - beta1**count) * mean / denominator
-    return stepped
+    change: Tensor = -rule.learning_rate / (1 - beta1**count) * mean / denominator
+    return change - rule.learning_rate * rule.weight_decay * weights if rule.weight_decay else change
 
 
 def change_along(after: Tensor, before: Tensor, slopes: Tensor) -> Tensor:
