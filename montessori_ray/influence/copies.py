@@ -43,6 +43,8 @@ class Copies:
             # the function does for an engine: a wrapper would be a module of its own, without this one's parameters.
             for copied in self.modules.values():
                 compile_regions_deepspeed(copied.model.get_decoder(), dynamic=True)
+                if copied.head is not None:
+                    copied.head.compiled = True
 
     def in_bfloat16(self) -> Copies:
         """These, rounded; buffers, such as the frequencies of rotary embeddings, stay as they are."""

@@ -58,10 +58,11 @@ def score_loop(settings: dict[str, Any]) -> None:
     leases = _Leases(group, scorer.baselines, leader)
     rows = _Rows(group, leader)
     for lease in leases:
+        scores = scorer.score_each(lease.examples)
         for example in lease.examples:
             if example is lease.examples[-1] and not lease.alone:
                 leases.ask()
-            rows.add(lease, scorer.score(example).row())
+            rows.add(lease, next(scores).row())
         rows.send()
     rows.finish()
 

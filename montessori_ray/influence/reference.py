@@ -10,6 +10,7 @@ Shapes: R rows of a batch, T padded tokens, N positions asked for in a batch, V 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,20 +53,30 @@ class ChunkedCrossEntropy(nn.Module):
         super().__init__()
         self.weight = embedding.weight
         self.bias = embedding.bias
+        self.compiled = False
+        """A chunk passes through `torch.compile`: logits are read as they are, without a float32 copy of them."""
 
     def forward(self, hidden: Tensor, words: Tensor) -> Tensor:
         """Float32 cross entropies (N,) of words (N,) after hidden states (N, H)."""
+        losses = _compiled_cross_entropies() if self.compiled else _cross_entropies
+        head = self.weight, self.bias
         rows = max(1, CHUNK_LOGITS // len(self.weight))
         chunks = list(zip(hidden.split(rows), words.split(rows), strict=True))
-        if len(chunks) == 1 or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return torch.cat([self._losses(*chunk) for chunk in chunks])
+        if len(chunks) == 1 or not torch.is_grad_enabled():
+            return torch.cat([losses(*chunk, *head) for chunk in chunks])
         # For a gradient a chunk's logits are computed again, or those of all chunks would wait for the backward pass.
         return torch.cat(
-            [checkpoint(self._losses, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+            [checkpoint(losses, *chunk, *head, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
         )
 
-    def _losses(self, hidden: Tensor, words: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(hidden, self.weight, self.bias).float(), words, reduction="none")
+
+def _cross_entropies(hidden: Tensor, words: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight, bias).float(), words, reduction="none")
+
+
+@functools.cache
+def _compiled_cross_entropies() -> Callable[..., Tensor]:
+    return torch.compile(_cross_entropies, dynamic=True)
 
 
 class ResponseLoss(nn.Module):

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -96,12 +97,32 @@ class Scorer:
 
     def score(self, example: Mapping[str, Any]) -> Score:
         """Score one row (example_id, instruction, response; with a true `recheck`, a second time, exact in float32)."""
+        return self._score(example, self._prepared(example))
+
+    def score_each(self, examples: Iterable[Mapping[str, Any]]) -> Iterator[Score]:
+        """Scores of rows, one after the other; a row is tokenized while the one before it is scored."""
+        with ThreadPoolExecutor(1) as tokenizing:
+            ahead: tuple[Mapping[str, Any], Future[Encoded | str]] | None = None
+            for example in examples:
+                present, ahead = ahead, (example, tokenizing.submit(self._prepared, example))
+                if present is not None:
+                    yield self._score(present[0], present[1].result())
+            if ahead is not None:
+                yield self._score(ahead[0], ahead[1].result())
+
+    def _prepared(self, example: Mapping[str, Any]) -> Encoded | str:
+        """A row's tokens, or why it is quarantined."""
         if not example["response"].strip():
-            return self._quarantined(example, "empty response")
+            return "empty response"
         try:
-            encoded = Example(example["example_id"], self._encode(example))
+            return self._encode(example)
         except ModelError as error:  # of this example: the template has rendered all reference rows
-            return self._quarantined(example, str(error))
+            return str(error)
+
+    def _score(self, example: Mapping[str, Any], prepared: Encoded | str) -> Score:
+        if isinstance(prepared, str):
+            return self._quarantined(example, prepared)
+        encoded = Example(example["example_id"], prepared)
         with _process_kept():
             set_generator_states(self._generators)  # the fingerprint of the warmed state has them
             self._set_precision(self._precision)

@@ -68,7 +68,7 @@ class ScoringActor:
         """
         require_rows(batch)
         scorer = self._loaded()
-        return [scorer.score(row).row() for row in batch]
+        return [score.row() for score in scorer.score_each(batch)]
 
     def _loaded(self) -> Scorer:
         if isinstance(self._scorer, UserError):

@@ -48,7 +48,7 @@ def test_the_next_lease_is_asked_for_early_but_not_beside_a_suspect(monkeypatch:
             ledger.calls.append(example["example_id"])
             return Score(example_id=example["example_id"])
 
-        return SimpleNamespace(score=score, baselines={})
+        return SimpleNamespace(score_each=lambda examples: map(score, examples), baselines={})
 
     monkeypatch.setattr(groups, "Scorer", scorer)
     monkeypatch.setattr(groups.ray, "get", lambda answer: answer)

@@ -90,6 +90,18 @@ def test_poison_is_quarantined_with_its_reason_and_leaves_no_trace(scorer: Calla
         assert made.score(EXAMPLES[0]).influence == good
 
 
+def test_rows_tokenized_ahead_are_scored_as_one_at_a_time(scorer: Callable[..., Scorer]) -> None:
+    made = scorer()
+    given = [EXAMPLES[0], {**EXAMPLES[1], "response": " "}, {**EXAMPLES[2], "recheck": True}, EXAMPLES[3]]
+    scores = list(made.score_each(given))
+    assert [score.example_id for score in scores] == [example["example_id"] for example in given]
+    assert [score.influence for score in scores] == [made.score(example).influence for example in given]
+    assert scores[1].quarantine == "empty response"
+    assert list(made.score_each([])) == []
+    next(made.score_each(given))  # a caller may leave off
+    assert made.score(EXAMPLES[3]).influence == scores[3].influence
+
+
 def test_white_space_is_taken_off_and_what_the_template_cannot_render_is_quarantined(
     scorer: Callable[..., Scorer],
 ) -> None:
