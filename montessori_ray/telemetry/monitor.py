@@ -101,7 +101,7 @@ class StageMonitor:
         progress, rate = self._ask_board()
         self._write_event(progress, rate)  # first: the report's curves come from the events
         self._console.progress(self._stage, progress, rate)
-        left = (progress.total - progress.done) / rate if progress.total and rate else None
+        left = max(0.0, progress.total - progress.done) / rate if progress.total and rate else None
         values = {
             "done": progress.done, "total": progress.total, "groups": progress.groups, "rate": rate,
             "seconds_left": left,

@@ -11,7 +11,7 @@ import torch
 
 from montessori_ray.config import Score
 from montessori_ray.errors import DataError, ModelError
-from montessori_ray.influence import local_student
+from montessori_ray.influence import local_student, reference
 from montessori_ray.influence.estimators import Exact, Measured
 from montessori_ray.influence.scorer import Scorer
 from montessori_ray.influence.zero_state import leaves_room
@@ -213,7 +213,10 @@ def test_recorded_passes_are_no_longer_than_a_model_has_positions(
 
 
 @pytest.mark.slow
-def test_a_compiled_student_gives_the_same_scores(scorer: Callable[..., Scorer]) -> None:
+def test_a_compiled_student_gives_the_same_scores(
+    scorer: Callable[..., Scorer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "CHUNK_LOGITS", 600)  # several chunks a batch
     assert influences(scorer(compile=True)) == pytest.approx(influences(scorer()), abs=1e-6)
 
 
