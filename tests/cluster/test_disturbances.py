@@ -1,4 +1,6 @@
-"""Scoring while ranks, nodes, the ledger and the driver are killed or hang, by a seeded schedule, on several raylets.
+"""Scoring while ranks, nodes, the ledger and the driver are killed, hang or are cut off, by a seeded schedule.
+
+On several raylets, each in a network namespace of its own where this user may make some; else none is cut off.
 
 The result must be what an undisturbed scoring gives, bit for bit, no row twice, and the stage must end by itself.
 """
@@ -22,9 +24,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from ray._raylet import GcsClient
+from ray.util import get_node_ip_address
 
 from montessori_ray.config import Score
 from montessori_ray.influence.scorer import Scorer, join_alone, leave
+from tests.cluster.network import Network, can_make_namespaces
 from tests.cluster.test_jobs import ENVIRONMENT, Node, start_node, until
 from tests.conftest import ROOT, processes_of, wait_for_end
 from tests.tiny import rows, write_student
@@ -34,6 +38,8 @@ HEAD = 7479
 SEED = 1
 SCHEDULE = {"rank": 7, "all_groups": 2, "ledger": 5, "node": 3, "hang": 4, "driver": 3}
 """Disturbances of each kind; their order is drawn."""
+OF_NETWORK = {"cut": 3, "partition": 1}
+"""Further ones where nodes have namespaces: a cable that is pulled for a while, and one for good."""
 TEXTS, POINTS = 400, 6000
 """Different examples, and how many times over they make up the probing set: equal texts must have equal scores."""
 LEASE_TIMEOUT_S = 6.0
@@ -43,7 +49,9 @@ FORMAT: dict[str, Any] = {"chat_template": None, "max_length": 64}
 class Disturbed:
     """A cluster of a head and two nodes, a driver on it, and ways to hurt them."""
 
-    def __init__(self, folder: Path, temp: Path) -> None:
+    def __init__(self, folder: Path, temp: Path, network: Network | None) -> None:
+        self.schedule = SCHEDULE | (OF_NETWORK if network else {})
+        self._network = network
         self.run = folder / "scores"
         self.log = folder / "driver.log"
         self._folder = folder
@@ -54,6 +62,7 @@ class Disturbed:
         self._random = random.Random(SEED)
         self._rows_of: dict[str, int] = {}
         self._hung: list[tuple[float, psutil.Process]] = []
+        self._cut: list[tuple[float, str]] = []
         self.done: Counter[str] = Counter()
         """Disturbances so far."""
 
@@ -66,7 +75,10 @@ class Disturbed:
         until(lambda: self.living_nodes() == 3, alive=self._nodes)
 
     def _new_node(self) -> Node:
-        return start_node(f"--address=127.0.0.1:{HEAD}", "--dashboard-agent-listen-port=0", *self._own_temp())
+        return start_node(
+            f"--address={get_node_ip_address()}:{HEAD}", "--dashboard-agent-listen-port=0", *self._own_temp(),
+            namespace=self._network.add_node() if self._network else None,
+        )  # fmt: skip
 
     def _own_temp(self) -> list[str]:
         """Nodes that share one would be taken for each other."""
@@ -107,6 +119,9 @@ class Disturbed:
             self._hung.remove((wake, process))
             if process.is_running():
                 process.resume()
+        for heal, namespace in [cut for cut in self._cut if cut[0] < time.monotonic()]:
+            self._cut.remove((heal, namespace))
+            self._network.heal(namespace)  # type: ignore[union-attr]
         assert self.driver.poll() in (None, 0), self.log.read_text()[-4000:]
         return self.committed()
 
@@ -128,7 +143,8 @@ class Disturbed:
         """Do it as soon as there is something to do it to."""
         hurt: dict[str, Callable[[], bool]] = {
             "rank": self._kill_rank, "all_groups": self._kill_all_groups, "ledger": self._kill_ledger,
-            "node": self._lose_node, "hang": self._hang_rank, "driver": self._kill_driver,
+            "node": self._lose_node, "hang": self._hang_rank, "driver": self._kill_driver, "cut": self._cut_cable,
+            "partition": self._part_for_good,
         }  # fmt: skip
         until(hurt[kind], timeout=60)
         self.done[kind] += 1
@@ -176,6 +192,34 @@ class Disturbed:
             self._hung.append((time.monotonic() + 2 * LEASE_TIMEOUT_S, rank))
         return bool(ranks)
 
+    def _cut_cable(self) -> bool:
+        """A node that is heard of again when its leases have long been given to others, before it is taken for dead."""
+        whole = self._connected()
+        if whole:
+            self._cut.append((time.monotonic() + 2 * LEASE_TIMEOUT_S, self._pull(whole)))
+        return bool(whole)
+
+    def _part_for_good(self) -> bool:
+        """A node of which nothing is heard any more, and which hears nothing. Another one joins at once."""
+        whole = self._connected()
+        if whole:
+            name = self._pull(whole)
+            node = next(node for node in self._nodes if node.namespace == name)
+            self._nodes.remove(node)
+            self._lost.append(node)
+            self._nodes.append(self._new_node())
+        return bool(whole)
+
+    def _connected(self) -> list[str]:
+        """Namespaces of nodes that can be cut off."""
+        cut = {name for _, name in self._cut}
+        return [node.namespace for node in self._nodes if node.namespace and node.namespace not in cut]
+
+    def _pull(self, names: list[str]) -> str:
+        name = self._random.choice(names)
+        self._network.cut(name)  # type: ignore[union-attr]
+        return name
+
     def _kill_driver(self) -> bool:
         os.kill(self.driver.pid, signal.SIGKILL)
         self.driver.wait()
@@ -195,13 +239,16 @@ def disturbed(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     temp = Path(f"/tmp/dist-{os.getpid()}")  # sockets need short paths
     temp.mkdir()
-    cluster = Disturbed(tmp_path, temp)
+    network = Network() if can_make_namespaces() else None
+    cluster = Disturbed(tmp_path, temp, network)
     try:
         cluster.start_cluster()
         cluster.start_driver()
         yield cluster
     finally:
         cluster.stop()
+        if network is not None:
+            network.close()
 
 
 def undisturbed(student: Path) -> dict[tuple[str, str], tuple[float, float, float]]:
@@ -217,13 +264,13 @@ def undisturbed(student: Path) -> dict[tuple[str, str], tuple[float, float, floa
 
 
 def test_disturbances_change_no_bit(disturbed: Disturbed, tmp_path: Path) -> None:
-    kinds = [kind for kind, count in SCHEDULE.items() for _ in range(count)]
+    kinds = [kind for kind, count in disturbed.schedule.items() for _ in range(count)]
     random.Random(SEED).shuffle(kinds)
     for number, kind in enumerate(kinds, start=1):
         until(lambda: disturbed.look() >= number * POINTS / (len(kinds) + 1), timeout=120)  # noqa: B023
         disturbed.disturb(kind)
     until(lambda: disturbed.look() == POINTS and disturbed.driver.poll() == 0, timeout=200)
-    assert disturbed.done == Counter(SCHEDULE)
+    assert disturbed.done == Counter(disturbed.schedule)
     assert disturbed.done.total() >= 20
     tables = [pq.read_table(part).to_pylist() for part in sorted((disturbed.run / "influence").glob("part-*"))]
     scored = [row for table in tables for row in table]

@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.cluster.network import inside
 from tests.cluster.test_kill_and_resume import influences
 from tests.conftest import ROOT, SMALL, Driver, processes_of, wait_for_end
 
@@ -32,6 +33,8 @@ class Node:
     """A `ray start --block` process and all it started."""
 
     process: subprocess.Popen[bytes]
+    namespace: str | None = None
+    """Network namespace it is in; None: this machine's."""
 
     def kill(self) -> None:
         for process in processes_of(self.process.pid):
@@ -41,10 +44,12 @@ class Node:
         wait_for_end(self.process.pid)
 
 
-def start_node(*arguments: str) -> Node:
-    line = [RAY, "start", "--block", "--num-cpus=1", "--object-store-memory=200000000", *arguments]
+def start_node(*arguments: str, namespace: str | None = None) -> Node:
+    line = [*(inside(namespace) if namespace else []), RAY, "start", "--block", "--num-cpus=1", *arguments]
+    line += ["--object-store-memory=200000000"]
     line += ["--min-worker-port=0", "--max-worker-port=0"]  # any: two nodes of one machine would share the default ones
-    return Node(subprocess.Popen(line, env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL))
+    process = subprocess.Popen(line, env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL)
+    return Node(process, namespace)
 
 
 def answers(url: str) -> bytes | None:
