@@ -20,7 +20,7 @@ test: setup ## tests in under 15 minutes on 2 cores, one small loop on the real 
 test-slow: setup ## kill and resume, several nodes, in half an hour on 2 cores
 	.venv/bin/python -m pytest -m "slow and not loop" tests/cluster/test_kill_and_resume.py tests/cluster/test_jobs.py
 
-test-groups: setup ## scoring groups that share, join, fail and come back; 24 disturbances on several raylets: 15 minutes
+test-groups: setup ## scoring groups that share, join, fail and come back; 28 disturbances on several raylets: 15 minutes
 	.venv/bin/python -m pytest -m slow tests/cluster/test_scoring.py tests/cluster/test_disturbances.py
 
 test-engines: setup ## the other slow tests: training, tuning, the teacher pool and arms of a comparison on their real engines

@@ -72,7 +72,7 @@ class Cluster(Section):
     """Where the run's Ray cluster is."""
 
     address: str | None = None
-    """Address of a running cluster ("auto", "host:6379", "ray://..."). None: the job's own cluster under `ray job
+    """Address of a running cluster ("auto", "host:6379", "ray://..."). None: what `RAY_ADDRESS` names, as under `ray job
     submit`, else one started for this run and stopped with it."""
     num_cpus: Count | None = None
     """Logical CPUs of a cluster started for this run; None takes the machine's."""
@@ -177,7 +177,7 @@ class Pool(Section):
     max_model_len: Count = 4096
     """Context of the engine, tokens; a prompt plus its longest answer must fit."""
     max_num_seqs: Count = 256
-    """Sequences decoded at once in a replica; on CPU throughput grows up to about 128 (measured)."""
+    """Sequences decoded at once in a replica; on CPUs throughput hardly grows beyond some 128."""
     kv_cache_gb: Positive | None = None
     """Gigabytes of KV cache a replica may take; None leaves it to vLLM on GPUs and is 1 on CPUs, where vLLM's own
     default is 92 % of the node's memory."""
@@ -380,7 +380,7 @@ class Score(Section):
     """Reference rows that are used, drawn with a fixed seed; None takes all."""
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
     """Forward and backward passes; weights, moments and the step are float32 always. `auto`: float32 on CPUs, tf32 on
-    GPUs. bfloat16 put noise of a quarter of the spread into scores of the prototype, and 20 % of the signs changed."""
+    GPUs. In bfloat16 scores are noisy: docs/settings.md has a measurement."""
     baseline: Literal["null_step", "warmed"] = "null_step"
     """What an example's reference loss is compared with: the loss after a step with a zero gradient (`null_step`,
     removes the momentum drift, which is larger than the spread of all scores; measured), or the loss of the warmed
@@ -400,7 +400,7 @@ class Score(Section):
     worker: WorkerResources = WorkerResources()
     """Resources of one rank."""
     zero_stage: ZeroStage = 0
-    """DeepSpeed ZeRO stage of a group; above 0 only useful with group_size > 1."""
+    """DeepSpeed ZeRO stage of a group; above 0 useful with group_size > 1 or `offload`."""
     offload: bool = False
     """Keep masters and moments in host memory and step there (DeepSpeed's optimizer offload, stages 1 to 3), for
     students that do not fit a group's GPUs with them."""
@@ -415,7 +415,8 @@ class Score(Section):
     with 28; 6 more in bfloat16). `zero`: in a DeepSpeed engine, sharded over the group by `zero_stage`. `auto`: local
     for groups of one rank."""
     compile: bool = False
-    """Compile the layers of backend `local` with torch.compile: half a minute or more once, for students on GPUs."""
+    """Compile layers and cross entropy of backend `local` with torch.compile: half a minute or more once, for students on
+    GPUs."""
     reference_tokens: Count = 8192
     """Padded tokens in one forward pass over reference rows, an eighth with a gradient; bounds memory, changes no score
     beyond rounding."""

@@ -6,8 +6,9 @@ import inspect
 import json
 import os
 import re
+import signal
 import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.dashboard.modules.metrics import dashboards
 
 from montessori_ray.telemetry import monitor
-from tests.conftest import ROOT
+from tests.cluster.network import NET, Network, can_make_namespaces
+from tests.conftest import ROOT, processes_of, wait_for_end, wait_until
 
 CLUSTER = ROOT / "cluster"
 METRIC = re.compile(r"\bray_\w+")
@@ -56,20 +58,41 @@ def test_grafana_asks_for_metrics_that_there_are() -> None:
     assert [name for name in asked - ours if name not in of_ray] == []
 
 
+@pytest.fixture
+def nodes() -> Iterator[list[str]]:
+    """Two network namespaces, or this machine's own where this user may make none."""
+    if not can_make_namespaces():
+        yield [""]
+        return
+    network = Network()
+    yield [network.add_node(), network.add_node()]
+    network.close()
+
+
 @pytest.mark.slow
-def test_slurm_runs_a_job_on_a_cluster_of_its_nodes(tmp_path: Path) -> None:
-    """The script and Ray on this machine as the only node; `srun` and `scontrol` are doubles of Slurm's."""
+def test_slurm_runs_a_job_on_a_cluster_of_all_its_nodes(tmp_path: Path, nodes: list[str]) -> None:
+    """Script, Ray and job are real, each node with processes and a network of its own; Slurm's commands are doubles."""
+    here = [f"ip netns exec {name} unshare --pid --fork --mount-proc --kill-child" if name else "" for name in nodes]
     programs = {
-        "scontrol": "echo localhost",
-        "srun": 'while [[ "$1" == --* ]]; do shift; done; exec "$@"',
+        "srun": "while [[ $1 == --* ]]; do shift; done\n" + "".join(f'{node} "$@" &\n' for node in here) + "wait",
+        "getent": f"echo {NET}.2" if nodes[0] else 'exec /usr/bin/getent "$@"',  # of the first node's name
     }
     for name, body in programs.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    slurm = {"SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1", "SLURM_CPUS_ON_NODE": "2"}
-    settings = slurm | {"JOB": "pair", "RAY_PORT": "7479", "RAY_AUTH_MODE": "disabled", "PATH": path}
+    slurm = {"SLURM_JOB_NUM_NODES": str(len(nodes)), "SLURM_CPUS_ON_NODE": "2", "SLURM_JOB_ID": "1"}
+    settings = slurm | {"RAY_PORT": "7579", "HOME": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"} | settings
     line = [str(CLUSTER / "slurm.sh"), "--config", "configs/quickstart.yaml", f"run={tmp_path}/run"]
-    ended = subprocess.run(line, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, timeout=300)
-    assert ended.returncode != 0
-    assert "run the stage iteration_00/score first" in ended.stdout + ended.stderr
+    log = tmp_path / "log"
+    job = subprocess.Popen(line, cwd=ROOT, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT,
+                           start_new_session=True)  # fmt: skip
+    try:
+        wait_until(lambda: "Ray on auto" in log.read_text(), job, log, timeout=180)
+        assert f"{len(nodes)} x (2 CPU)" in log.read_text()
+    finally:
+        os.killpg(job.pid, signal.SIGTERM)
+        job.wait()
+        for process in processes_of(job.pid):
+            process.kill()
+        wait_for_end(job.pid)

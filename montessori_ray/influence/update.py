@@ -87,7 +87,7 @@ def write_step(
 
     All flat buffers of one length, float32 (the gradient's may be bfloat16). On CPUs by torch's fused kernel, as the
     student was warmed up with; it works in place, so on copies of a chunk that stays in the cache. On CUDA, where these
-    copies move three times the bytes that are needed, by one compiled kernel that reads four buffers and writes two.
+    copies move three times the bytes that are needed, by one compiled kernel that reads four buffers and writes one.
     """
     write = _compiled(write_by_formula) if stepped.device.type == "cuda" else _write_by_torch
     for chunk in chunks(stepped, weights, gradient, exp_avg, exp_avg_sq):
