@@ -72,8 +72,8 @@ class Cluster(Section):
     """Where the run's Ray cluster is."""
 
     address: str | None = None
-    """Address of a running cluster ("auto", "host:6379", "ray://..."). None: what `RAY_ADDRESS` names, as under `ray job
-    submit`, else one started for this run and stopped with it."""
+    """Address of a running cluster ("auto", "host:6379", "ray://..."). None: what `RAY_ADDRESS` names, as under `ray
+    job submit`, else one started for this run and stopped with it."""
     num_cpus: Count | None = None
     """Logical CPUs of a cluster started for this run; None takes the machine's."""
     object_store_memory: Count = 500_000_000
@@ -415,8 +415,8 @@ class Score(Section):
     with 28; 6 more in bfloat16). `zero`: in a DeepSpeed engine, sharded over the group by `zero_stage`. `auto`: local
     for groups of one rank."""
     compile: bool = False
-    """Compile layers and cross entropy of backend `local` with torch.compile: half a minute or more once, for students on
-    GPUs."""
+    """Compile layers and cross entropy of backend `local` with torch.compile: half a minute or more once, for students
+    on GPUs."""
     reference_tokens: Count = 8192
     """Padded tokens in one forward pass over reference rows, an eighth with a gradient; bounds memory, changes no score
     beyond rounding."""
