@@ -56,9 +56,6 @@ class Network:
         ip("-n", name, "route", "add", "default", "via", f"{NET}.1")
         return name
 
-    def address(self, name: str) -> str:
-        return f"{NET}.{name.removeprefix(PREFIX)}"
-
     def cut(self, name: str, seconds: float = float("inf")) -> None:
         """Pull the cable, until `heal` is called after so long: nothing arrives any more, no connection is closed."""
         ip("link", "set", name, "down")
