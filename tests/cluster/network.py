@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import time
-from contextlib import suppress
 
 NET = "10.77.0"
 PREFIX = "mont-"
@@ -71,11 +70,13 @@ class Network:
             ip("link", "set", name, "up")
 
     def close(self) -> None:
+        for line in ip("-brief", "link").splitlines():  # first: open connections keep a deleted namespace, and its cable
+            name = line.split()[0].partition("@")[0]
+            if name.startswith(PREFIX):
+                ip("link", "del", name)
         for line in ip("netns", "list").splitlines():
             if line.startswith(PREFIX):
                 ip("netns", "del", line.split()[0])
-        with suppress(subprocess.CalledProcessError):  # there is none
-            ip("link", "del", BRIDGE)
 
 
 def inside(name: str) -> list[str]:
