@@ -70,7 +70,7 @@ class Network:
             ip("link", "set", name, "up")
 
     def close(self) -> None:
-        for line in ip("-brief", "link").splitlines():  # first: open connections keep a deleted namespace, and its cable
+        for line in ip("-brief", "link").splitlines():  # open connections keep a namespace and its cable
             name = line.split()[0].partition("@")[0]
             if name.startswith(PREFIX):
                 ip("link", "del", name)
