@@ -112,7 +112,7 @@ class Data(Section):
     reference: DataFile
     """Rows whose loss defines influence (paper: 256)."""
     held_out: DataFile
-    """Rows no stage before evaluation has seen."""
+    """Rows to measure students on; before that they only bar examples near them from the training set."""
 
 
 class Teacher(Section):
@@ -535,6 +535,9 @@ class TuneTeacher(Training):
     """Recompute activations in the backward pass to save memory (paper: on)."""
     beta: Positive = 0.1
     """Strength of the pull to the reference policy (paper: 0.1)."""
+    reference: Literal["previous", "original"] = "previous"
+    """The reference policy: the teacher that wrote the pairs, or the original one in every iteration, so that what
+    iterations learn does not add up without a bound. They differ from the second iteration on."""
     losses: Annotated[dict[DpoLoss, Positive], Field(min_length=1)] = {"sigmoid": 1.0}
     """TRL's losses, added up with these weights: `sigmoid` (paper: DPO), `sigmoid_norm` (by log-probability a token, so
     that length earns nothing), `ipo` (pulls the margin to a value instead of ever on), `sft` (likelihood of the chosen

@@ -186,6 +186,7 @@ def _tune(config: Config, name: str, teacher: str) -> list[Stage]:
             )
         )  # fmt: skip
     grades = _grade(config, name, probed)
+    anchor = (TEACHER,) if config.tune_teacher.reference == "original" and teacher != TEACHER else ()
     return [
         *stages,
         Stage(
@@ -200,7 +201,7 @@ def _tune(config: Config, name: str, teacher: str) -> list[Stage]:
         ),
         Stage(
             name=f"{name}/tune_teacher", output=f"{name}/teacher", body=tune_teacher.tune_teacher,
-            inputs=(teacher, pairs), settings=("seed", "tune_teacher", "synthesize.prompt_style"),
+            inputs=(teacher, pairs, *anchor), settings=("seed", "tune_teacher", "synthesize.prompt_style"),
             bundles=training_bundles(config.tune_teacher),
         ),
     ]  # fmt: skip
@@ -237,7 +238,7 @@ def _train(config: Config) -> list[Stage]:
         *stages,
         Stage(
             name="final/training_set", output="final/training_set", body=split.make_training_set,
-            schema=columns.EXAMPLES, inputs=("final/responses", REFERENCE, *selection),
+            schema=columns.EXAMPLES, inputs=("final/responses", REFERENCE, HELD_OUT, *selection),
             settings=("training_set", "training_tokens", *SET_KEYS), rows=config.training_set,
         ),
         Stage(

@@ -154,7 +154,7 @@ def test_best_of_n_scores_what_the_original_teacher_wrote() -> None:
     config = comparison(arms)
     by_output = {stage.output: stage for stage in stages_of_comparison(config)}
     chosen = by_output["arms/best/final/training_set"]
-    assert chosen.inputs == ("arms/best/final/responses", "inputs/reference", "final/influence")
+    assert chosen.inputs == ("arms/best/final/responses", "inputs/reference", "inputs/held_out", "final/influence")
     assert by_output["arms/best/final/instructions"].rows == config.training_set * config.synthesize.n
     assert by_output["arms/best/final/instructions"].teacher == "inputs/teacher"
 

@@ -100,15 +100,25 @@ def test_the_tuned_teacher_writes_next() -> None:
     assert stages["iteration_01/tune_teacher"].inputs == ("iteration_00/teacher", "iteration_01/pairs")
 
 
+def test_the_reference_policy_is_an_input_where_it_is_another_teacher() -> None:
+    stages = by_name(quickstart("iterations=2", "tune_teacher.reference=original"))
+    assert stages["iteration_00/tune_teacher"].inputs == ("inputs/teacher", "iteration_00/pairs")
+    assert stages["iteration_01/tune_teacher"].inputs == (
+        "iteration_00/teacher",
+        "iteration_01/pairs",
+        "inputs/teacher",
+    )
+
+
 def test_students_start_from_the_original_weights() -> None:
     stages = by_name(quickstart("iterations=2"))
     for name in ("iteration_00/warm_up", "iteration_01/warm_up", "final/train_student"):
         assert stages[name].inputs[0] == "inputs/student"
 
 
-def test_no_stage_before_the_evaluation_reads_held_out_rows() -> None:
+def test_held_out_rows_bar_training_examples_and_nothing_reads_them_else() -> None:
     readers = [stage.name for stage in stages_of(quickstart("iterations=2")) if "inputs/held_out" in stage.inputs]
-    assert readers == ["final/evaluate"]
+    assert readers == ["final/training_set", "final/evaluate"]
 
 
 AT_ENDPOINT = "evaluate.judge={model: judge, base_url: http://127.0.0.1:8000/v1}"

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from itertools import groupby
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from montessori_ray.stages.split import apart, most_helpful, split_examples, usable, within_tokens
+from montessori_ray.config import Evaluate, Synthesize
+from montessori_ray.stages.split import (
+    apart,
+    make_fresh_set,
+    make_training_set,
+    most_helpful,
+    split_examples,
+    usable,
+    within_tokens,
+)
 
 Row = dict[str, Any]
 
@@ -122,3 +132,47 @@ def test_rows_near_a_reference_row_are_left_out() -> None:
     others = ["What is the capital of France?", "name a lake"]
     assert [row["instruction"] for row in apart(rows, others, rouge_l=0.7)] == ["Name a river.", "?!"]
     assert list(apart(rows, [], rouge_l=0.7)) == rows
+
+
+@pytest.mark.parametrize("selected", [False, True])
+def test_what_students_train_on_is_near_no_reference_or_held_out_row(selected: bool) -> None:
+    """Held-out rows bar examples from the training set only: the other sets are made without them."""
+    asked = ["Name a river.", "Name a lake.", "Name two rivers.", "Name a hill."]
+    responses = [
+        {"example_id": str(number), "prompt_id": "p", "instruction": text, "response": "Yes.", "finish_reason": "stop",
+         "num_tokens": 2}
+        for number, text in enumerate(asked)
+    ]  # fmt: skip
+    scores = [{"example_id": str(number), "influence": -float(number)} for number in range(len(asked))]
+    reference, held_out = ([{"instruction": text}] for text in ("NAME a river", "name a  hill!"))
+    inputs = [responses, reference, held_out, *([scores] if selected else [])]
+    kept: dict[str, list[Row]] = {}
+
+    def stored(make: Any, name: str) -> list[str]:
+        kept[name] = []
+        make(context_of(inputs, kept[name]))
+        return [row["instruction"] for row in kept[name]]
+
+    assert stored(make_training_set, "training") == ["Name a lake.", "Name two rivers."]
+    assert stored(make_fresh_set, "fresh") == ["Name a lake.", "Name two rivers.", "Name a hill."]
+
+
+def context_of(inputs: list[list[Row]], kept: list[Row]) -> Any:
+    """A stage on rows in memory, which are committed to `kept`."""
+    artifacts = [
+        SimpleNamespace(
+            rows=lambda _=None, rows=rows: iter(rows), column=lambda name, rows=rows: [r[name] for r in rows]
+        )
+        for rows in inputs
+    ]
+    names = ["example_id", "instruction", "response"]
+    return SimpleNamespace(
+        config=SimpleNamespace(
+            synthesize=Synthesize(), training_set=3, training_tokens=None, evaluate=Evaluate(fresh=3)
+        ),
+        input=lambda position: artifacts[position],
+        output=SimpleNamespace(discard_parts=lambda: None),
+        stage=SimpleNamespace(inputs=inputs, schema=SimpleNamespace(names=names), output="final/training_set"),
+        append=kept.extend,
+        note=lambda *_, **__: None,
+    )

@@ -235,8 +235,8 @@ def _data(data: Sequence[Data]) -> Markup:
     )  # fmt: skip
     note = (
         f"What the teachers write afresh, and how much the students trained on. {_said_of_variety(data)} No set takes "
-        "in an example near a reference row; held-out rows are read by no stage before the students are measured on "
-        "them."
+        "in an example near a reference row, and no training set one near a held-out row; nothing else reads held-out "
+        "rows before the students are measured on them."
     )
     return join([paragraph(note, kind="note"), table(heads, rows, numbers=range(1, len(heads)))])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from typing import Any
 
 from montessori_ray.errors import DataError
@@ -49,15 +49,19 @@ def apart(rows: Iterable[Row], others: Iterable[str], *, rouge_l: float) -> Iter
     return (row for row in rows if not near.is_duplicate(row["instruction"]))
 
 
-def _candidates(context: StageContext) -> Iterator[Row]:
+def _candidates(context: StageContext, *, apart_from: tuple[int, ...] = (1,)) -> Iterator[Row]:
     """Rows that may come into a set; the stage's first inputs are the responses and the reference rows.
 
-    A copy of a reference row would help the student with that row and teach the teacher to copy. Held-out rows are not
-    looked at, here or in any stage before they are measured on.
+    A copy of a reference row would help the student with that row and teach the teacher to copy.
+
+    Args:
+        context: of the stage that makes the set.
+        apart_from: positions of the inputs whose instructions no row may nearly repeat.
     """
     settings = context.config.synthesize
     rows = usable(context.input(0).rows(), drop_truncated=settings.drop_truncated)
-    return apart(rows, context.input(1).column("instruction"), rouge_l=settings.duplicate_rouge_l)
+    measured = (context.input(position).column("instruction") for position in apart_from)
+    return apart(rows, chain.from_iterable(measured), rouge_l=settings.duplicate_rouge_l)
 
 
 def make_warmup_set(context: StageContext) -> dict[str, Any]:
@@ -71,11 +75,16 @@ def make_probing_set(context: StageContext) -> dict[str, Any]:
 
 
 def make_training_set(context: StageContext) -> dict[str, Any]:
-    """The examples the student is trained on at the end; to select by it, the last input is influence."""
+    """The examples the student is trained on at the end, apart from the held-out rows too, which are the third input;
+    to select by it, the last input is influence.
+
+    Held-out rows are read nowhere else before the students are measured on them: a copy among what they are trained on
+    would flatter that measure, whereas the teacher is tuned without them.
+    """
     config = context.config
-    rows: Iterable[Row] = _candidates(context)
-    if len(context.stage.inputs) > 2:
-        scores = context.input(2).rows(["example_id", "influence"])
+    rows: Iterable[Row] = _candidates(context, apart_from=(1, 2))
+    if len(context.stage.inputs) > 3:
+        scores = context.input(3).rows(["example_id", "influence"])
         influence = {row["example_id"]: row["influence"] for row in scores if row["influence"] is not None}
         rows = most_helpful(rows, influence, config.training_set)
     chosen = list(within_tokens(islice(rows, config.training_set), config.training_tokens))
@@ -138,8 +147,8 @@ def _append(context: StageContext, rows: Iterable[Row], wanted: int) -> dict[str
     if count == 0:
         raise DataError(
             f"{context.stage.output} would be empty: every row of {context.stage.inputs[0]} has an empty or cut "
-            "response, or asks what a reference row asks; raise synthesize.responses.max_tokens, set "
-            "synthesize.drop_truncated=false, or give other reference rows"
+            "response, or asks what a reference or held-out row asks; raise synthesize.responses.max_tokens, set "
+            "synthesize.drop_truncated=false, or give other reference and held-out rows"
         )
     if count < wanted:
         context.note(f"{context.stage.output} has {count} of the {wanted} examples asked for", wanted=wanted, got=count)

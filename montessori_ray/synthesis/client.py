@@ -54,7 +54,8 @@ class GenerationRequest:
     max_tokens: int
     """Longest sample, tokens; prompt and sample must fit the engine's context."""
     stop: tuple[str, ...] = ()
-    """Texts that end a sample; they are part of it."""
+    """Texts that end a sample; they are part of it. Where there are any, only they do: no token that ends the model's
+    turn is sampled, what else it would write has that token's probability."""
     is_message: bool = False
     """Whether the prompt is a user's message, which the replica puts into the teacher's chat template."""
 
@@ -65,7 +66,7 @@ class Sample:
 
     text: str
     finish_reason: str
-    """`stop` (a stop text or the end-of-sequence token) or `length` (`max_tokens` reached)."""
+    """`stop` (a stop text or, without any, a token that ends the turn) or `length` (`max_tokens` reached)."""
     num_tokens: int
 
 

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ from montessori_ray.errors import ModelError
 from montessori_ray.synthesis.client import GenerationRequest, Sample
 
 _GIB = 2**30
+
+NEVER = -100.0
+"""Bias on the logit of a token that is not to be sampled, the strongest vLLM takes."""
 
 
 class TeacherEngine:
@@ -54,6 +58,9 @@ class TeacherEngine:
         self._tokenizer = AutoTokenizer.from_pretrained(
             settings.tokenizer, trust_remote_code=settings.trust_remote_code
         )
+        ending = SamplingParams()  # by vLLM's own rule
+        ending.update_from_generation_config(settings.try_get_generation_config(), self._tokenizer.eos_token_id)
+        self._turn_ends = ending.all_stop_token_ids
 
     async def generate(self, request: GenerationRequest) -> list[Sample]:
         """The `n` samples of a request, in sample order.
@@ -69,7 +76,7 @@ class TeacherEngine:
                 "or a smaller max_tokens"
             )
         try:
-            final = await self._final_output(token_ids, _sampling_params(request))
+            final = await self._final_output(token_ids, _sampling_params(request, self._turn_ends))
         except EngineDeadError:
             # Failing health checks would take three periods, in which an idle-looking replica draws ever more requests
             # and loses them. A dead process is noticed at once, and callers know that case already.
@@ -150,7 +157,7 @@ def _context(model_dir: str, pool: Pool) -> int:
     return min(pool.max_model_len, limit or pool.max_model_len)
 
 
-def _sampling_params(request: GenerationRequest) -> SamplingParams:
+def _sampling_params(request: GenerationRequest, turn_ends: Iterable[int]) -> SamplingParams:
     return SamplingParams(
         n=request.n,
         seed=request.seed,
@@ -159,6 +166,7 @@ def _sampling_params(request: GenerationRequest) -> SamplingParams:
         presence_penalty=request.presence_penalty,
         max_tokens=request.max_tokens,
         stop=list(request.stop),
+        logit_bias=dict.fromkeys(turn_ends, NEVER) if request.stop else None,
         include_stop_str_in_output=True,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )

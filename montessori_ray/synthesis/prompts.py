@@ -118,7 +118,7 @@ class PromptStyle(Protocol):
 
     @property
     def stop(self) -> tuple[str, ...]:
-        """Texts that end a sample; they are part of its raw output."""
+        """Texts of which one must end a sample; they are part of its raw output."""
 
     def messages(self, shots: Sequence[str]) -> list[dict[str, str]]:
         """The chat (role, content) that shows `shots`."""

@@ -65,6 +65,7 @@ class DpoSettings:
     """What every rank is told."""
 
     model: Path
+    reference: Path | None
     pairs: tuple[str, ...]
     output: str
     tuning: TuneTeacher
@@ -76,6 +77,7 @@ class DpoSettings:
 def tune_teacher(
     *,
     model: Path,
+    reference: Path | None = None,
     pairs: Sequence[str],
     output: str,
     settings: TuneTeacher,
@@ -89,6 +91,7 @@ def tune_teacher(
 
     Args:
         model: the teacher's folder; all nodes see it.
+        reference: folder of the reference policy, if that is another model than the untuned teacher.
         pairs: Parquet parts with the columns of `preferences.Pair`.
         output: folder or URL for the tuned teacher: float32 weights, tokenizer and chat template, generation config.
         settings: DPO settings.
@@ -110,6 +113,7 @@ def tune_teacher(
     """
     told = DpoSettings(
         model=model.absolute(),
+        reference=None if reference is None else reference.absolute(),
         pairs=tuple(pairs),
         output=output,
         tuning=settings,
@@ -139,10 +143,10 @@ def dpo_loop(settings: dict[str, Any]) -> dict[str, Any]:
         # Before the model: with ZeRO 3 the arguments decide how it is loaded.
         arguments = training_arguments(told.tuning, folder, told.seed, num_pairs=len(training))
         steps = num_steps(told.tuning, len(training))
-        told.progress.update(0, steps, unit="steps", note="log-probabilities of the untuned teacher")
-        model = AutoModelForCausalLM.from_pretrained(told.model, dtype=torch.float32)
+        told.progress.update(0, steps, unit="steps", note="log-probabilities by the reference policy")
         trainer = TeacherTrainer(
-            model=model,
+            model=load_teacher(told.model),
+            ref_model=None if told.reference is None else load_teacher(told.reference),
             args=arguments,
             train_dataset=tokenized(training, tokenizer, append_eos=told.append_eos),
             eval_dataset=tokenized(evaluation, tokenizer, append_eos=told.append_eos) if evaluation else None,
@@ -154,7 +158,7 @@ def dpo_loop(settings: dict[str, Any]) -> dict[str, Any]:
         result = {
             "pairs": {"train": len(training), "evaluation": len(evaluation), "dropped": len(pairs) - len(kept)},
             "train": training_summary(trainer.state),
-            "eval_before": trainer.reference_metrics(),
+            "eval_before": trainer.before,
             "eval_after": trainer.reward_metrics(),
         }
         save_teacher(trainer, told)
@@ -239,28 +243,37 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
 class TeacherTrainer(DPOTrainer):
     """TRL's DPO trainer on rows that are token ids already, with exact reward metrics over a whole dataset.
 
-    The reference log-probabilities are computed once with the untrained weights, so no second model is kept, and held
-    in memory on every rank: TRL's own way needs a folder that all ranks share.
+    The reference log-probabilities are computed once, before training, so no second model is kept, and held in memory
+    on every rank: TRL's own way needs a folder that all ranks share.
     """
+
+    before: dict[str, float]
+    """`reward_metrics` of the untrained weights."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        if self._precompute_engine is not None:
-            # With ZeRO 3 its hooks would gather weights beside the training engine's own, by an order that is past:
-            # "pop from an empty deque" in a later forward pass.
-            self._precompute_engine.destroy()
-            self._precompute_engine = None
+        self.before = self._metrics_before()
+        # With ZeRO 3 the hooks of these engines would gather weights beside the training engine's own, by an order that
+        # is past: "pop from an empty deque" in a later forward pass.
+        engines: list[Any] = [self._precompute_engine, self.ref_model] if self.is_deepspeed_enabled else []
+        for engine in filter(None, engines):
+            engine.destroy()
+        self._precompute_engine = self.ref_model = None
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset
 
     def _precompute_ref_logps(self, dataset: Dataset, *_: Any) -> Dataset:
-        if self.is_deepspeed_enabled and self._precompute_engine is None:
-            self._precompute_engine = prepare_deepspeed(cast("PreTrainedModel", self.model), self.accelerator)
-        chosen, rejected = self.log_probs(self._precompute_engine or self.model, dataset)
+        chosen, rejected = self.log_probs(self.ref_model or self._untrained(), dataset)
         return dataset.add_column("ref_chosen_logps", chosen.tolist()).add_column(
             "ref_rejected_logps", rejected.tolist()
         )
+
+    def _untrained(self) -> Any:
+        """The model to train, ready for forward passes before its training engine is there."""
+        if self.is_deepspeed_enabled and self._precompute_engine is None:
+            self._precompute_engine = prepare_deepspeed(cast("PreTrainedModel", self.model), self.accelerator)
+        return self._precompute_engine or self.model
 
     def log_probs(self, model: Any, dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities `[N]` of all chosen and all rejected completions given their prompts, on every rank."""
@@ -274,12 +287,13 @@ class TeacherTrainer(DPOTrainer):
         model.train(was_training)
         return torch.cat(chosen), torch.cat(rejected)
 
-    def reference_metrics(self) -> dict[str, float]:
-        """`reward_metrics` before training, where policy and reference are the same; needs no forward pass."""
+    def _metrics_before(self) -> dict[str, float]:
+        """Needs no forward pass where the reference policy is the untrained teacher."""
         if self.eval_dataset is None:
             return {}
-        chosen, rejected = self._reference(self.eval_dataset)
-        return pair_metrics(chosen, rejected, chosen, rejected, self.beta)
+        reference = self._reference(self.eval_dataset)
+        policy = reference if self.ref_model is None else self.log_probs(self._untrained(), self.eval_dataset)
+        return pair_metrics(*policy, *reference, self.beta)
 
     def reward_metrics(self) -> dict[str, float]:
         """Metrics of the current weights over the evaluation pairs, empty if there are none."""
@@ -393,6 +407,11 @@ def deepspeed_config(tuning: TuneTeacher) -> dict[str, Any]:
     if tuning.precision == "bfloat16":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     return config
+
+
+def load_teacher(folder: Path) -> PreTrainedModel:
+    """A teacher with float32 weights; with ZeRO 3 sharded as the arguments made before say."""
+    return cast("PreTrainedModel", AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
 
 
 # -- running it -----------------------------------------------------------------------------------------------------

@@ -272,6 +272,20 @@ def test_a_stop_text_ends_a_sample_and_is_part_of_it(client: PoolClient) -> None
 
 
 @pytest.mark.slow
+def test_a_turn_does_not_end_where_a_stop_text_is_due(client: PoolClient) -> None:
+    """One token of 258 ends a turn, so of 32 samples with 64 tokens seven or so end early when they may."""
+    free, bound = generate(
+        client, request("a", n=32, max_tokens=64), request("a", n=32, max_tokens=64, stop=("</instruction>",))
+    )
+    ended = [sample.finish_reason == "stop" for sample in free]
+    assert any(ended)
+    assert {sample.finish_reason for sample in bound} == {"length"}
+    for early, without, with_stop in zip(ended, free, bound, strict=True):
+        assert with_stop.text.startswith(without.text)
+        assert early or with_stop.text == without.text, "nothing else changes"
+
+
+@pytest.mark.slow
 def test_a_crowd_of_seeded_prompts_does_not_crash_the_engine(client: PoolClient) -> None:
     # A batch of 512 tokens holds one prompt of 380 and a piece of the next, and that piece crashes seeded requests on
     # CPUs where vLLM may cut (this test fails with enable_chunked_prefill). Each sample then needs one cache block (128

@@ -86,6 +86,17 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def moved(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher that an earlier iteration tuned: all weights of `teacher` a little changed."""
+    folder = tmp_path_factory.mktemp("moved")
+    policy = dpo.load_teacher(teacher)
+    move(policy)
+    policy.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def make_pairs(count: int, *, prompts: int) -> list[dict[str, Any]]:
     """Pairs with prompts and completions of many lengths, of `prompts` few-shot prompts in turn."""
     generator = torch.Generator().manual_seed(1)
@@ -195,14 +206,21 @@ def trl_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_RANK", raising=False)  # tests that made this process a scoring group set it
 
 
-def trainer_on_pairs(teacher: Path, folder: Path, tuning: TuneTeacher) -> tuple[dpo.TeacherTrainer, Any, Dataset]:
-    """A trainer on all PAIRS, its untuned reference, and the pairs as token ids."""
+def trainer_on_pairs(
+    teacher: Path, folder: Path, tuning: TuneTeacher, original: Path | None = None
+) -> tuple[dpo.TeacherTrainer, Any, Dataset]:
+    """A trainer on all PAIRS, its reference (the untuned teacher, or the `original` one), the pairs as token ids."""
     tokenizer = AutoTokenizer.from_pretrained(teacher)
-    policy, reference = (AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32) for _ in range(2))
+    policy, reference = (dpo.load_teacher(folder) for folder in (teacher, original or teacher))
     rows = dpo.tokenized(PAIRS, tokenizer, append_eos=True)
     arguments = dpo.training_arguments(tuning, str(folder), 0, num_pairs=len(PAIRS))
     trainer = dpo.TeacherTrainer(
-        model=policy, args=arguments, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
+        model=policy,
+        ref_model=None if original is None else dpo.load_teacher(original),
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=tokenizer,
     )
     return trainer, reference, rows
 
@@ -223,7 +241,7 @@ def test_loss_and_rewards_equal_a_plain_transcription(teacher: Path, tmp_path: P
     trainer, reference, rows = trainer_on_pairs(teacher, tmp_path, TUNING)
     policy: Any = trainer.model
     assert isinstance(trainer.train_dataset, Dataset)
-    before = trainer.reference_metrics()
+    before = trainer.before
     assert before == pytest.approx(trainer.reward_metrics() | {"reward_accuracy": 0.5}, abs=1e-5)
     assert before["loss"] == pytest.approx(math.log(2))
     assert before["reward_margin"] == 0.0
@@ -247,6 +265,22 @@ def test_loss_and_rewards_equal_a_plain_transcription(teacher: Path, tmp_path: P
     gradients = zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True)
     for gradient, plain in gradients:
         torch.testing.assert_close(gradient, plain, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("trl_left_as_it_was")
+def test_rewards_against_the_original_teacher(teacher: Path, moved: Path, tmp_path: Path) -> None:
+    """A second iteration's pairs may be ordered already: DPO's loss then does not begin at log 2."""
+    trainer, original, rows = trainer_on_pairs(moved, tmp_path, TUNING, original=teacher)
+    policy: Any = trainer.model
+    chosen, rejected = plain_rewards(policy, original, list(rows))
+    assert (chosen - rejected).abs().min() > 1e-3
+    assert trainer.before["loss"] == pytest.approx(-F.logsigmoid(chosen - rejected).mean().item(), abs=1e-5)
+    assert trainer.before["reward_accuracy"] == (chosen > rejected).float().mean().item()
+    assert trainer.reward_metrics() == pytest.approx(trainer.before, abs=1e-5)
+    assert isinstance(trainer.train_dataset, Dataset)
+    batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]])
+    expected = -F.logsigmoid(chosen - rejected)[:2].mean()
+    assert trainer.compute_loss(policy, batch).item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 @pytest.mark.usefixtures("trl_left_as_it_was")
@@ -358,6 +392,24 @@ def test_tuning_equals_plain_pytorch(
     chosen, rejected = plain_rewards(tuned, reference, rows)
     assert result["eval_before"]["loss"] == pytest.approx(math.log(2))
     assert result["eval_after"]["reward_margin"] == pytest.approx((chosen - rejected).item(), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize(("workers", "zero_stage"), [(1, 0), (2, 3)])
+def test_the_original_teacher_as_reference(
+    teacher: Path, moved: Path, parts: list[str], tmp_path: Path, workers: int, zero_stage: int
+) -> None:
+    settings = TUNING.model_copy(update={"workers": workers, "zero_stage": zero_stage})
+    result = tune(moved, parts, tmp_path, settings=settings, reference=teacher)
+    rows = list(
+        dpo.tokenized(split_by_prompt(PAIRS, 0.1, 0)[1], AutoTokenizer.from_pretrained(teacher), append_eos=True)
+    )
+    original = dpo.load_teacher(teacher)
+    for name, folder in (("eval_before", moved), ("eval_after", tmp_path / "tuned")):
+        chosen, rejected = plain_rewards(dpo.load_teacher(folder), original, rows)
+        assert result[name]["reward_margin"] == pytest.approx((chosen - rejected).mean().item(), abs=1e-5)
+    assert result["eval_before"]["reward_margin"] != pytest.approx(result["eval_after"]["reward_margin"], abs=1e-3)
 
 
 @pytest.mark.slow
