@@ -34,6 +34,10 @@ class Section(BaseModel):
     speed_only: ClassVar[frozenset[str]] = frozenset()
     """Fields that decide how fast or where a result is made, not what it is: a run may be continued with others."""
 
+    def meaning(self, name: str) -> Any:
+        """A field's value as it is computed with: `auto` replaced by what it stands for beside the other fields."""
+        return getattr(self, name)
+
 
 def template_text(chat_template: str | None) -> str | None:
     """The text of a chat template that is given as one, or as the path of a file with one.
@@ -423,6 +427,12 @@ class Score(Section):
     verify_every: Count = 64
     """Points between checks that the restored state equals the warmed one bit for bit."""
 
+    def meaning(self, name: str) -> Any:
+        """As `Section.meaning`: a run begun on CPUs does not go on in tf32, whose scores are others."""
+        if name == "precision" and self.precision == "auto":
+            return "tf32" if self.worker.gpus else "float32"
+        return super().meaning(name)
+
     @field_validator("optimizer_state")
     @classmethod
     def _absolute(cls, value: str | None) -> str | None:
@@ -785,7 +795,7 @@ def _collect_leaves(node: Any, key: str, leaves: dict[str, Any]) -> None:
         return
     for name in type(node).model_fields:
         if name not in node.speed_only:
-            _collect_leaves(getattr(node, name), f"{key}.{name}", leaves)
+            _collect_leaves(node.meaning(name), f"{key}.{name}", leaves)
     if isinstance(node, DataFile):
         leaves[f"{key}.path"] = _said_content(node.path)
 

@@ -441,7 +441,7 @@ def test_content_settings_are_dotted_leaves_without_what_only_decides_speed(mini
         "score.loss_mean": "example",
         "score.loss_batch": 8,
         "score.reference_rows": None,
-        "score.precision": "auto",
+        "score.precision": "float32",
         "seed": 0,
         "student.drop_layers": [1],
         "pair.signal": "influence",
@@ -452,6 +452,14 @@ def test_content_settings_are_dotted_leaves_without_what_only_decides_speed(mini
         "pair.below_noise": "drop",
         "pair.judge": None,
     }
+
+
+def test_a_run_begun_on_cpus_is_not_continued_in_the_precision_of_gpus(minimal: Path) -> None:
+    said = [
+        content_settings(load_config(minimal, overrides), ("score",))["score.precision"]
+        for overrides in ([], ["score.worker.gpus=1"], ["score.worker.gpus=1", "score.precision=float32"])
+    ]
+    assert said == ["float32", "tf32", "float32"]
 
 
 def test_content_settings_go_down_into_sections(minimal: Path) -> None:
@@ -465,7 +473,7 @@ def test_content_settings_go_down_into_sections(minimal: Path) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["score.groups=4", "score.worker.gpus=1", "score.reference_tokens=9", "synthesize.commit_prompts=1"],
+    ["score.groups=4", "score.worker.cpus=4", "score.reference_tokens=9", "synthesize.commit_prompts=1"],
 )
 def test_faster_or_elsewhere_is_the_same_work(minimal: Path, override: str) -> None:
     keys = ("score", "synthesize")

@@ -73,7 +73,7 @@ class Scorer:
         rows = [self._encode(row) for row in reference]
         require_responses(reference, rows)
         self._reference = _drawn(rows, settings.reference_rows)
-        self._precision = precision_of(settings)
+        self._precision: Precision = settings.meaning("precision")
         self._recheck: Estimator | None = None
         with _process_kept():
             self._student = open_student(student, settings, self._chat.pad_token_id)
@@ -197,13 +197,6 @@ def open_student(directory: Path, settings: ScoreSettings, pad_token_id: int) ->
 def device_of(settings: ScoreSettings) -> torch.device:
     """This rank's."""
     return torch.device("cuda", torch.cuda.current_device()) if settings.worker.gpus else torch.device("cpu")
-
-
-def precision_of(settings: ScoreSettings) -> Precision:
-    """`score.precision` with `auto` resolved."""
-    if settings.precision != "auto":
-        return settings.precision
-    return "tf32" if settings.worker.gpus else "float32"
 
 
 def _drawn(rows: Sequence[Encoded], count: int | None) -> list[Encoded]:
