@@ -1,4 +1,4 @@
-"""The teacher writes instructions and responses of an iteration.
+"""The latest teacher writes instructions and responses: those of the next iteration, and fresh ones to judge it by.
 
 ray job submit --working-dir . -- python jobs/synthesize.py --config configs/quickstart.yaml run=/shared/first
 """
@@ -6,4 +6,4 @@ ray job submit --working-dir . -- python jobs/synthesize.py --config configs/qui
 from montessori_ray.cli import job
 
 if __name__ == "__main__":
-    job("instructions", "responses")
+    job("instructions", "responses", "fresh_instructions", "fresh_responses", "fresh_set")

@@ -30,11 +30,16 @@ def connected(cluster: Cluster) -> Iterator[str]:
     Yields what to call it: its address and dashboard.
 
     Raises:
-        ResourceError: no cluster answers at the configured address.
+        ResourceError: the address is no cluster's, or none answers there.
     """
     for name in ("ray", "ray.serve", "ray.train"):  # the run's own console says what matters
         logging.getLogger(name).setLevel(logging.ERROR)
     address = address_of(cluster)
+    if address and "://" in address:
+        raise ResourceError(
+            f"{address} is where jobs or Ray's client are taken in: a run connects to `auto`, on a node of the cluster, "
+            "or HEAD:6379, and from elsewhere it is a job (`ray job submit --address http://HEAD:8265 ...`)"
+        )
     on_termination = signal.getsignal(signal.SIGTERM)
     try:
         if address:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -76,7 +77,7 @@ class Cluster(Section):
     """Where the run's Ray cluster is."""
 
     address: str | None = None
-    """Address of a running cluster ("auto", "host:6379", "ray://..."). None: what `RAY_ADDRESS` names, as under `ray
+    """Address of a running cluster ("auto", "host:6379"). None: what `RAY_ADDRESS` names, as under `ray
     job submit`, else one started for this run and stopped with it."""
     num_cpus: Count | None = None
     """Logical CPUs of a cluster started for this run; None takes the machine's."""
@@ -775,6 +776,10 @@ class Benchmarks(Section):
     """Questions of each task, for a trial; None asks all."""
 
 
+WHICH = ("path", "model")
+"""Keys that name what their section describes."""
+
+
 def content_settings(config: Section, keys: tuple[str, ...]) -> dict[str, Any]:
     """The settings under dotted `keys` that decide a result: dotted leaf -> value, `speed_only` fields left out.
 
@@ -821,8 +826,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
             contradict each other; the message names the key.
     """
     tree = _read_tree(Path(path), ())
-    for override in overrides or []:
-        _set_override(tree, override)
+    _set_overrides(tree, overrides or [])
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -835,8 +839,7 @@ def score_settings(tree: dict[str, Any], overrides: list[str] | None = None) -> 
     Raises:
         ConfigError: as `load_config`.
     """
-    for override in overrides or []:
-        _set_override(tree, override if "." in override.partition("=")[0] else f"score.{override}")
+    _set_overrides(tree, [_of_score(override) for override in overrides or []])
     try:
         return ScoreFiles.model_validate(tree)
     except ValidationError as error:
@@ -850,8 +853,7 @@ def judge_settings(overrides: list[str]) -> Judge:
         ConfigError: as `load_config`.
     """
     tree: dict[str, Any] = {}
-    for override in overrides:
-        _set_override(tree, override)
+    _set_overrides(tree, overrides)
     try:
         return Judge.model_validate(tree)
     except ValidationError as error:
@@ -865,8 +867,7 @@ def load_benchmarks(path: Path, overrides: list[str] | None = None) -> Benchmark
         ConfigError: as `load_config`.
     """
     tree = _read_tree(path, ())
-    for override in overrides or []:
-        _set_override(tree, override)
+    _set_overrides(tree, overrides or [])
     try:
         return Benchmarks.model_validate(tree)
     except ValidationError as error:
@@ -910,7 +911,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     A mapping that names another file (`path`) or `model` takes nothing over: columns and ranges of rows, layers and
     chat templates of one say nothing of another.
     """
-    if any(base.get(name) != over[name] for name in ("path", "model") if name in over):
+    if any(base.get(name) != over[name] for name in WHICH if name in over):
         return over
     merged = dict(base)
     for key, value in over.items():
@@ -919,14 +920,31 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _set_override(tree: dict[str, Any], override: str) -> None:
+def _set_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Lay dotted overrides on a tree; as in `_merge`, another file or model takes nothing over from the last one."""
+    parsed = [_parse_override(override) for override in overrides]
+    for key, value in parsed:
+        leaf = key.rpartition(".")[2]
+        if leaf in WHICH and (section := _section_of(tree, key)).get(leaf, value) != value:
+            section.clear()
+    for key, value in parsed:
+        set_dotted(tree, key, value)
+
+
+def _parse_override(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r} is not of the form section.key=value")
     try:
-        set_dotted(tree, key, yaml.safe_load(text))
+        return key, yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
+
+
+def _of_score(override: str) -> str:
+    """An override of `montessori score`, whose keys are those of the `score` section unless another one is named."""
+    first = override.partition("=")[0].partition(".")[0]
+    return override if first in ScoreFiles.model_fields else f"score.{override}"
 
 
 def set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -935,13 +953,16 @@ def set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
     Raises:
         ConfigError: a section on the way is a value.
     """
-    *sections, leaf = key.split(".")
-    for name in sections:
+    _section_of(tree, key)[key.rpartition(".")[2]] = value
+
+
+def _section_of(tree: dict[str, Any], key: str) -> dict[str, Any]:
+    for name in key.split(".")[:-1]:
         node = tree.setdefault(name, {})
         if not isinstance(node, dict):
             raise ConfigError(f"{key}: {name} is a value, not a section")
         tree = node
-    tree[leaf] = value
+    return tree
 
 
 def describe(error: ValidationError) -> str:

@@ -6,7 +6,7 @@ the same call starts a run, continues a killed one, and shows a finished one.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -305,19 +305,17 @@ def score_bundles(config: AnySettings) -> tuple[Bundle, ...]:
 
 
 def select(stages: Sequence[Stage], kinds: Sequence[str], iteration: int | None) -> list[Stage]:
-    """The stages of these kinds, of one iteration where one is given.
+    """The stages of these kinds, all where there are none, and of one iteration where one is given.
 
     Raises:
         ConfigError: there are none.
     """
-    chosen = [
-        stage
-        for stage in stages
-        if stage.kind in kinds and (iteration is None or stage.name.startswith(f"iteration_{iteration:02d}/"))
-    ]
+    place = "" if iteration is None else f"iteration_{iteration:02d}/"
+    chosen = [stage for stage in stages if (not kinds or stage.kind in kinds) and stage.name.startswith(place)]
     if not chosen:
+        called = f" is called {' or '.join(kinds)}" if kinds else " is"
         where = "" if iteration is None else f" in iteration {iteration}"
-        raise ConfigError(f"no stage is called {' or '.join(kinds)}{where}; `montessori stages` lists them")
+        raise ConfigError(f"no stage{called}{where}; `montessori stages` lists them")
     return chosen
 
 
@@ -349,19 +347,33 @@ def _fits(stage: Stage, config: AnySettings, run: Run) -> bool:
     return True
 
 
-def require_inputs(stage: Stage, stages: Sequence[Stage], run: Run, coming: Collection[str] = ()) -> None:
-    """Refuse a stage whose inputs neither exist nor are `coming` from stages about to run.
+def startable(chosen: Sequence[Stage], stages: Sequence[Stage], run: Run) -> tuple[list[Stage], dict[str, str]]:
+    """The unfinished ones of the `chosen` stages that can run now, one after the other, and what those of later
+    iterations wait for, by their names.
 
     Raises:
-        RunError: names the stage that makes the missing input.
+        RunError: one of the first unfinished iteration cannot run; names the stage that makes what is missing.
     """
-    maker = {other.output: other for other in stages}
-    for name in stage.inputs:
-        if name not in coming and run.artifact(name).manifest() is None:
-            raise RunError(
-                f"{stage.name} needs {run.root}/{name}, which does not exist: run the stage {maker[name].name} first "
-                "(or the whole loop with `montessori run`)"
+    maker = {stage.output: stage.name for stage in stages}
+    made = {stage.output for stage in stages if run.artifact(stage.output).manifest() is not None}
+    ready: list[Stage] = []
+    waiting: dict[str, str] = {}
+    for stage in chosen:
+        if stage.output in made:
+            continue
+        if missing := [name for name in stage.inputs if name not in made]:
+            waiting[stage.name] = (
+                f"{stage.name} needs {run.root}/{missing[0]}, which does not exist: run the stage {maker[missing[0]]} "
+                "first (or the whole loop with `montessori run`)"
             )
+        else:
+            ready.append(stage)
+            made.add(stage.output)
+    first = next((_place_of(stage.name) for stage in chosen if stage in ready or stage.name in waiting), None)
+    for name, sentence in waiting.items():
+        if _place_of(name) == first:
+            raise RunError(sentence)
+    return ready, waiting
 
 
 def require_shared(run: Run, nodes: Sequence[Bundle]) -> None:
@@ -378,7 +390,7 @@ def require_shared(run: Run, nodes: Sequence[Bundle]) -> None:
 
 
 def run_loop(config: Config, *, kinds: Sequence[str] = (), iteration: int | None = None) -> Run:
-    """Run all stages that are not finished, or those of the given kinds; returns the run.
+    """Run all stages that are not finished, or those of the given kinds or iteration that can run; returns the run.
 
     Raises:
         UserError: something given does not fit; said before anything expensive starts wherever it can be known.
@@ -386,11 +398,12 @@ def run_loop(config: Config, *, kinds: Sequence[str] = (), iteration: int | None
     if config.compare is not None:
         raise ConfigError("the config compares arms (section `compare`): run it with `montessori compare`")
     stages = stages_of(config)
-    return run_stages(config, stages, select(stages, kinds, iteration) if kinds else stages)
+    return run_stages(config, stages, select(stages, kinds, iteration))
 
 
 def run_stages(config: AnySettings, stages: Sequence[Stage], chosen: Sequence[Stage]) -> Run:
-    """Run those of the `chosen` stages that are not finished, and before them all that check the user's input.
+    """Run those of the `chosen` stages that are not finished and have their inputs, and before them all that check the
+    user's input.
 
     Raises:
         UserError: as `run_loop`.
@@ -401,25 +414,29 @@ def run_stages(config: AnySettings, stages: Sequence[Stage], chosen: Sequence[St
         session.write_config()
         for stage in filter(_is_input, stages):
             session.execute(stage)
-        unfinished = [stage for stage in chosen if session.run.artifact(stage.output).manifest() is None]
-        for stage in unfinished:
-            require_inputs(stage, stages, session.run, coming={other.output for other in unfinished})
-        if unfinished:
+        ready, waiting = startable(chosen, stages, session.run)
+        if ready:
             measured = [session.run.artifact(stage.output) for stage in stages if stage.output in (REFERENCE, HELD_OUT)]
             inputs.require_measurable(config, session.run.artifact(STUDENT), measured)
             nodes = session.connect()
             require_shared(session.run, nodes)
-            for stage in unfinished:
+            for stage in ready:
                 require_room(stage.name, bundles_of(stage, config), nodes)
         for stage in chosen:
-            if not _is_input(stage):
+            if not _is_input(stage) and stage.name not in waiting:
                 session.execute(stage)
+        for sentence in waiting.values():
+            session.note(sentence)
         session.finish(stages)
         return session.run
 
 
+def _place_of(name: str) -> str:
+    return name.rpartition("/")[0]
+
+
 def _is_input(stage: Stage) -> bool:
-    return stage.name.startswith("inputs/")
+    return _place_of(stage.name) == "inputs"
 
 
 def made_from(name: str, stages: Sequence[Stage]) -> list[str]:

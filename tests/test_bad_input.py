@@ -96,19 +96,22 @@ def test_missing_empty_and_wrong_columns(tmp_path: Path) -> None:
 def test_overlap_and_too_few_seeds(tmp_path: Path) -> None:
     rows = [{"instruction": f"Name the number {n}.", "response": str(n), "category": "numbers"} for n in range(4)]
     path = jsonl(tmp_path / "rows.jsonl", rows)
-    both = [f"data.reference.path={path}", f"data.held_out.path={path}"]
+    reference, held_out = (
+        [f"data.{role}.path={path}", f"data.{role}.response=response"] for role in ("reference", "held_out")
+    )
+    both = [*reference, *held_out]
     said = refused(tmp_path / "a", *both)
     assert "of the 4 held-out rows are also in the reference set" in said
     assert "a few-shot prompt shows 8" in refused(tmp_path / "b", f"data.seeds.path={path}")
     seeds = [f"data.seeds.path={path}", "synthesize.shots=4"]
-    said = refused(tmp_path / "c", *seeds, f"data.held_out.path={path}")
+    said = refused(tmp_path / "c", *seeds, *held_out)
     assert "of the 4 held-out rows are also in the seed set" in said
 
 
 def test_a_row_without_room_for_its_response_is_named_before_anything_is_written(tmp_path: Path) -> None:
     rows = [{"instruction": "Say yes.", "response": "Yes."}, {"instruction": "word " * 300, "response": "Yes."}]
     path = jsonl(tmp_path / "rows.jsonl", rows)
-    settings = [f"data.held_out.path={path}", "data.held_out.category=null", "student.drop_layers=[]"]
+    settings = [f"data.held_out.path={path}", "data.held_out.response=response", "student.drop_layers=[]"]
     said = refused(tmp_path / "run", *settings)
     assert "row held_out-000001 ('word word" in said
     assert "has no response token within student.max_length" in said

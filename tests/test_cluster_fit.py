@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from montessori_ray.cluster import Bundle, require_room, rooms, say_bundles, unplaceable
+from montessori_ray.cluster import Bundle, connected, require_room, rooms, say_bundles, unplaceable
+from montessori_ray.config import Cluster
 from montessori_ray.errors import ResourceError
 
 NODE: Bundle = {"CPU": 16, "GPU": 8}
@@ -95,3 +96,11 @@ def test_require_room_says_what_is_asked_and_what_is_there() -> None:
 )
 def test_bundles_are_said_with_equal_ones_counted(bundles: list[Bundle], said: str) -> None:
     assert say_bundles(bundles) == said
+
+
+@pytest.mark.parametrize("address", ["http://head:8265", "ray://head:10001"])
+def test_an_address_for_jobs_is_told_from_a_clusters(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ray job submit` takes it from RAY_ADDRESS too, where Ray itself would end in a traceback."""
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ResourceError, match=f"{address} is where jobs .*`ray job submit"), connected(Cluster()):
+        pytest.fail("connected")

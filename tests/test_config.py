@@ -22,6 +22,7 @@ from montessori_ray.config import (
     WorkerResources,
     content_settings,
     load_config,
+    score_settings,
 )
 from montessori_ray.errors import ConfigError
 
@@ -452,6 +453,33 @@ def test_content_settings_are_dotted_leaves_without_what_only_decides_speed(mini
         "pair.below_noise": "drop",
         "pair.judge": None,
     }
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_another_model_or_file_takes_nothing_over_on_the_command_line_either(tmp_path: Path, order: int) -> None:
+    base = {
+        **MINIMAL,
+        "student": {"model": "small", "drop_layers": [1], "max_length": 99},
+        "data": {**MINIMAL["data"], "reference": {"path": "old.jsonl", "rows": 3, "category": "kind"}},
+    }
+    path = write(tmp_path, base)
+    same = load_config(path, ["student.model=small", "student.max_length=77"])
+    assert (same.student.drop_layers, same.student.max_length) == ((1,), 77)
+    overrides = ["student.model=other", "student.drop_layers=[2]", "data.reference.path=new.jsonl"]
+    other = load_config(path, overrides[::order])
+    assert other.student == Student(model="other", drop_layers=(2,))
+    assert other.data.reference == DataFile(path="new.jsonl")
+
+
+def test_keys_of_scoring_are_the_score_sections_unless_they_name_another() -> None:
+    tree = {
+        "run": "scores",
+        "data": {"examples": {"path": "a.jsonl"}, "reference": {"path": "b.jsonl"}},
+        "student": {"model": "s"},
+    }
+    settings = score_settings(tree, ["worker.gpus=1", "groups=2", "warm_up.worker.gpus=1", "student.max_length=64"])
+    assert (settings.score.worker.gpus, settings.score.groups) == (1, 2)
+    assert (settings.warm_up.worker.gpus, settings.student.max_length) == (1, 64)
 
 
 def test_a_run_begun_on_cpus_is_not_continued_in_the_precision_of_gpus(minimal: Path) -> None:

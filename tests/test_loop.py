@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,19 @@ from montessori_ray.loop import (
     bundles_of,
     check_run,
     made_from,
-    require_inputs,
     require_shared,
     run_loop,
     select,
     stages_of,
+    startable,
     state_of,
 )
 from montessori_ray.session import Session
 from montessori_ray.stages.base import Stage, identity_of
 from montessori_ray.stages.judging import require_keys
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
 SHIPPED = sorted(set(CONFIGS.glob("*.yaml")) - set(CONFIGS.glob("benchmarks_*.yaml")))
 
 
@@ -223,6 +225,10 @@ def test_select_takes_kinds_of_one_iteration_or_all() -> None:
     names = [stage.name for stage in select(stages, ("score", "pair"), None)]
     assert names == [f"iteration_0{number}/{kind}" for number in range(2) for kind in ("score", "pair")]
     assert [stage.name for stage in select(stages, ("score",), 1)] == ["iteration_01/score"]
+    assert select(stages, (), None) == stages
+    first = [stage.name for stage in select(stages, (), 0)]
+    assert first == [stage.name for stage in stages if stage.name.startswith("iteration_00/")]
+    assert first
 
 
 @pytest.mark.parametrize(
@@ -231,6 +237,7 @@ def test_select_takes_kinds_of_one_iteration_or_all() -> None:
         (("scoring",), None, "no stage is called scoring; `montessori stages` lists them"),
         (("a", "b"), None, "no stage is called a or b; `montessori stages` lists them"),
         (("score",), 2, "no stage is called score in iteration 2; `montessori stages` lists them"),
+        ((), 2, "no stage is in iteration 2; `montessori stages` lists them"),
         (("evaluate",), 0, "no stage is called evaluate in iteration 0; `montessori stages` lists them"),
     ],
 )
@@ -282,19 +289,52 @@ def test_made_from_refuses_unknown_names() -> None:
 # -- a run and its stages -------------------------------------------------------------------------------------------
 
 
-def test_require_inputs_names_the_stage_that_makes_what_is_missing(run: Run) -> None:
-    config = quickstart()
-    stages = by_name(config)
+def test_a_stage_without_its_inputs_is_refused_by_what_is_missing(run: Run) -> None:
+    stages = by_name(quickstart())
     with pytest.raises(RunError) as caught:
-        require_inputs(stages["iteration_00/score"], list(stages.values()), run)
+        startable([stages["iteration_00/score"]], list(stages.values()), run)
     assert str(caught.value) == (
         f"iteration_00/score needs {run.root}/iteration_00/warmed_student, which does not exist: run the stage "
         "iteration_00/warm_up first (or the whole loop with `montessori run`)"
     )
-    require_inputs(stages["inputs/seeds"], list(stages.values()), run)
-    for name in ("inputs/reference", "inputs/seeds"):
-        finish(run, stages[name], config)
-    require_inputs(stages["inputs/held_out"], list(stages.values()), run)
+
+
+def test_what_can_run_runs_and_the_rest_waits(run: Run) -> None:
+    config = quickstart("iterations=2")
+    stages = by_name(config)
+    every = list(stages.values())
+    ready, waiting = startable(every, every, run)
+    assert (ready, waiting) == (every, {})
+    for stage in every:
+        if stage.name.startswith("inputs/"):
+            finish(run, stage, config)
+    ready, waiting = startable(select(every, ("instructions", "responses"), None), every, run)
+    assert [stage.name for stage in ready] == ["iteration_00/instructions", "iteration_00/responses"]
+    later = ("iteration_01", "final")
+    assert list(waiting) == [f"{place}/{kind}" for place in later for kind in ("instructions", "responses")]
+    assert "run the stage iteration_00/tune_teacher first" in waiting["iteration_01/instructions"]
+
+
+def test_the_scripts_of_jobs_make_every_stage(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given again and again in the order of the algorithm, as somebody would who submits one job a stage."""
+    config = quickstart("iterations=2")
+    every = stages_of(config)
+    kinds: dict[str, tuple[str, ...]] = {}
+    for script in sorted((ROOT / "jobs").glob("*.py")):
+        monkeypatch.setattr("montessori_ray.cli.job", lambda *of, name=script.stem: kinds.update({name: of}))
+        if script.stem != "compare":
+            runpy.run_path(str(script), run_name="__main__")
+    for stage in every:
+        if stage.name.startswith("inputs/"):
+            finish(run, stage, config)
+    iteration = ["synthesize", "split", "warm_up", "score", "pair", "tune_teacher"]
+    done = []
+    for script in [*iteration, *iteration, "synthesize", "train_student", "evaluate"]:
+        ready, _ = startable(select(every, kinds[script], None), every, run)
+        for stage in ready:
+            finish(run, stage, config)
+            done.append(stage.name)
+    assert sorted(done) == sorted(stage.name for stage in every if not stage.name.startswith("inputs/"))
 
 
 def test_states(run: Run) -> None:

@@ -264,6 +264,11 @@ class Run:
                     f"{self.root} is being worked on by process {file.read() or 'unknown'}: wait for it, stop it, or "
                     "choose another `run`"
                 ) from None
+            except OSError as error:
+                raise RunError(
+                    f"{self.root} cannot be locked ({error}): its file system must have flock (for Lustre the mount "
+                    "option `flock`), which keeps two processes from working on one run"
+                ) from None
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()

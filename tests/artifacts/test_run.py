@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -459,6 +460,17 @@ with Run(sys.argv[1]).lock():
     print("held", flush=True)
     time.sleep(60)
 """
+
+
+def test_a_file_system_without_locks_is_told(local_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lustre, mounted without them."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(RunError, match=r"cannot be locked .*mount option `flock`"), local_run.lock():
+        pytest.fail("locked")
 
 
 def test_a_second_process_is_refused_until_the_first_is_gone_however_it_ends(local_run: Run) -> None:
