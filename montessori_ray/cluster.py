@@ -37,8 +37,8 @@ def connected(cluster: Cluster) -> Iterator[str]:
     address = address_of(cluster)
     if address and "://" in address:
         raise ResourceError(
-            f"{address} is where jobs or Ray's client are taken in: a run connects to `auto`, on a node of the cluster, "
-            "or HEAD:6379, and from elsewhere it is a job (`ray job submit --address http://HEAD:8265 ...`)"
+            f"{address} is where jobs or Ray's client are taken in: a run connects to `auto`, on a node of the "
+            "cluster, or HEAD:6379, and from elsewhere it is a job (`ray job submit --address http://HEAD:8265 ...`)"
         )
     on_termination = signal.getsignal(signal.SIGTERM)
     try:

@@ -131,6 +131,10 @@ class Session:
         )
         self.events.flush()
         self.console.finished(stage.name, manifest)
+        try:
+            self.run.remove_trainings(context.train_name)
+        except RunError as error:  # the stage is done, only its disk space is not free
+            self.note(f"checkpoints of {stage.name} stay: {error}")
 
     def note(self, sentence: str, **fields: Any) -> None:
         """Tell the user something, on the console and as an event."""

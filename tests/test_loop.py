@@ -203,7 +203,7 @@ def test_bundles_of_the_paper_config() -> None:
     config = load_config(CONFIGS / "paper_llama3_8b.yaml")
     stages = by_name(config)
     gpu = {"CPU": 4.0, "GPU": 1.0}
-    expected = {"instructions": 8, "warm_up": 8, "score": 8, "pair": 0, "tune_teacher": 2}
+    expected = {"instructions": 8, "warm_up": 8, "score": 8, "pair": 0, "tune_teacher": 4}
     for kind, count in expected.items():
         assert bundles_of(stages[f"iteration_00/{kind}"], config) == [gpu] * count
     assert bundles_of(stages["final/evaluate"], config) == [gpu]

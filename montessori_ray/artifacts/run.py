@@ -243,6 +243,16 @@ class Run:
         """Where Ray Train keeps checkpoints of unfinished trainings."""
         return f"{self.root}/train"
 
+    def remove_trainings(self, name: str) -> None:
+        """Remove what Ray Train kept of the finished trainings called `name` or `name-...`.
+
+        Raises:
+            RunError: it cannot be removed.
+        """
+        for entry in self.storage.entries("train"):
+            if entry == name or entry.startswith(f"{name}-"):
+                self.storage.remove(f"train/{entry}")
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run for this process; the kernel lets go when it ends, however it ends.

@@ -504,6 +504,14 @@ def test_faults_of_the_body_are_not_said_to_be_the_locks(local_run: Run) -> None
         raise PermissionError("somewhere else")
 
 
+def test_a_finished_stages_checkpoints_are_removed_and_no_others(run: Run) -> None:
+    run.remove_trainings("score-1a2b")
+    for name in ("score-1a2b-group-0", "score-1a2b", "score-1a2bc", "final-score-1a2b"):
+        run.storage.write(f"train/{name}/checkpoint/weights", b"many")
+    run.remove_trainings("score-1a2b")
+    assert run.storage.entries("train") == ["final-score-1a2b", "score-1a2bc"]
+
+
 @pytest.mark.parametrize("run", ["bucket"], indirect=True)
 def test_a_bucket_needs_no_lock(run: Run) -> None:
     with run.lock(), run.lock():
