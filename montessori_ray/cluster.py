@@ -7,15 +7,20 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from montessori_ray.config import Cluster
 from montessori_ray.errors import ResourceError
 
 Bundle = dict[str, float]
+
+LOOK_TIMEOUT_S = 60.0
+"""Seconds in which a node must have started a process that looks for files."""
 
 
 def address_of(cluster: Cluster) -> str | None:
@@ -77,6 +82,31 @@ def cluster_nodes() -> list[Bundle]:
         for node in ray.nodes()
         if node["Alive"]
     ]
+
+
+def unseen(paths: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Addresses of the nodes that lack some of the paths, each with what it lacks.
+
+    A node that is lost meanwhile, or has not answered in `LOOK_TIMEOUT_S`, is left out.
+    """
+    look = ray.remote(num_cpus=0)(_missing)
+    looks = {
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+            list(paths)
+        ): node["NodeManagerAddress"]
+        for node in ray.nodes()
+        if node["Alive"]
+    }
+    answered, _ = ray.wait(list(looks), num_returns=len(looks), timeout=LOOK_TIMEOUT_S)
+    found = []
+    for ref in answered:
+        with suppress(RayError):
+            found.append((looks[ref], ray.get(ref)))
+    return [(address, missing) for address, missing in found if missing]
+
+
+def _missing(paths: list[str]) -> list[str]:
+    return [path for path in paths if not os.path.exists(path)]
 
 
 def free_nodes() -> list[Bundle]:

