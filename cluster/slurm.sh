@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A Ray cluster on the nodes of a Slurm job, and on it a run, or what of it is left; from the repository, set up, on a shared disk:
+# A Ray cluster on the nodes of a Slurm job, and on it a run, or what of it is left; from the repository on a shared
+# disk, after `make setup LOCK=cuda` there; models of the Hub are looked for in HF_HOME, a folder that all nodes see:
 #   sbatch --nodes 4 --gpus-per-node 8 cluster/slurm.sh --config my.yaml run=/shared/runs/first
 #   sbatch --nodes 4 --gpus-per-node 8 --time 1-0 --export ALL,JOB=compare cluster/slurm.sh --config configs/evidence_gpu.yaml
 # A job that is preempted, loses a node or reaches its time limit is queued again and goes on where it was.
@@ -13,6 +14,9 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 . .venv/bin/activate
+if [ "${SLURM_GPUS_ON_NODE:-0}" != 0 ] && python -c 'import torch, sys; sys.exit(torch.version.cuda is not None)'; then
+  echo "the packages in .venv are those for CPUs: make setup LOCK=cuda" >&2; exit 1
+fi
 trap 'scontrol requeue "$SLURM_JOB_ID"' USR1 # two minutes before the time is up
 
 # Only who has this token, in the home that all nodes share, can use the cluster.

@@ -427,10 +427,7 @@ def run_stages(config: AnySettings, stages: Sequence[Stage], chosen: Sequence[St
         if ready:
             measured = [session.run.artifact(stage.output) for stage in stages if stage.output in (REFERENCE, HELD_OUT)]
             inputs.require_measurable(config, session.run.artifact(STUDENT), measured)
-            nodes = session.connect()
-            require_shared(session.run, nodes, _models(session.run))
-            for stage in ready:
-                require_room(stage.name, bundles_of(stage, config), nodes)
+            _connect(session, config, ready)
         for stage in chosen:
             if not _is_input(stage) and stage.name not in waiting:
                 session.execute(stage)
@@ -438,6 +435,23 @@ def run_stages(config: AnySettings, stages: Sequence[Stage], chosen: Sequence[St
             session.note(sentence)
         session.finish(stages)
         return session.run
+
+
+def _connect(session: Session, config: AnySettings, ready: Sequence[Stage]) -> None:
+    """Connect to a cluster that can run these stages.
+
+    Raises:
+        UserError: it cannot.
+    """
+    nodes = session.connect()
+    require_shared(session.run, nodes, _models(session.run))
+    asked = {stage.name: bundles_of(stage, config) for stage in ready}
+    for name, bundles in asked.items():
+        require_room(name, bundles, nodes)
+    gpus = sum(node["GPU"] for node in nodes)
+    every = [bundle for bundles in asked.values() for bundle in bundles]
+    if gpus and every and not any(bundle.get("GPU") for bundle in every):
+        session.note(f"the cluster has {gpus:g} GPUs, and no stage asks for one: see `worker.gpus` in its section")
 
 
 def _models(run: Run) -> list[str]:

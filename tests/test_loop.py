@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from montessori_ray.artifacts.run import Artifact, Run
 from montessori_ray.config import Config, content_settings, load_config
 from montessori_ray.errors import ConfigError, RunError
 from montessori_ray.loop import (
+    _connect,
     bundles_of,
     check_run,
     made_from,
@@ -386,6 +388,17 @@ def test_what_does_not_decide_the_instructions_leaves_them(run: Run) -> None:
     other = quickstart("synthesize.min_characters=7")
     with pytest.raises(RunError, match=r"iteration_00/instructions .*synthesize\.min_characters: 6 -> 7"):
         check_run(stages_of(other), other, run)
+
+
+@pytest.mark.parametrize(("gpus", "asks", "said"), [(2.0, 0, True), (2.0, 1, False), (0.0, 0, False)])
+def test_gpus_that_no_stage_asks_for_are_told(run: Run, gpus: float, asks: int, said: bool) -> None:
+    config = quickstart(f"score.worker.gpus={asks}", "score.groups=1")
+    notes: list[str] = []
+    session: Any = SimpleNamespace(connect=lambda: [{"CPU": 8.0, "GPU": gpus}], run=run, note=notes.append)
+    _connect(session, config, [by_name(config)["iteration_00/score"]])
+    assert notes == (
+        ["the cluster has 2 GPUs, and no stage asks for one: see `worker.gpus` in its section"] if said else []
+    )
 
 
 def test_a_cluster_of_several_nodes_needs_folders_that_all_see(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

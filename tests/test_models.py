@@ -131,7 +131,7 @@ def test_names_that_lead_nowhere(tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="no embedded model is called"):
         resolve_model("embedded:gpt-9")
     (copied := tmp_path / "_ray_pkg_0a1b" / "models").mkdir(parents=True)
-    with pytest.raises(ModelError, match="models is a folder in the job's own copy .* give an absolute path"):
+    with pytest.raises(ModelError, match=r"models is a folder in the job's own copy .* give an absolute path"):
         resolve_model(str(copied))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelError, match="cannot be had from the Hugging Face Hub"):
