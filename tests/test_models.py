@@ -17,7 +17,7 @@ from transformers import (
 
 from montessori_ray.config import Lora
 from montessori_ray.errors import ModelError
-from montessori_ray.models import check_model, join_adapter, model_digest, prune_layers, resolve_model
+from montessori_ray.models import check_model, join_adapter, model_digest, prune_layers, resolve_model, with_template
 from montessori_ray.training.adapters import add_adapter
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} </s>{% endfor %}"
@@ -114,6 +114,26 @@ def test_missing_and_damaged_weights_are_named(tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match=r"model-00001-of-00002\.safetensors"):
         check(folder)
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, None])
+@pytest.mark.parametrize("link", [True, False])
+def test_a_model_with_another_template(tmp_path, template, link):
+    """Its own one, where it has one, is taken no more; of base models there is none."""
+    folder = save_model(tmp_path / "model", template=template)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": "in the settings"}))
+    (output := tmp_path / "other").mkdir()
+    with_template(folder, "{{ messages[0]['content'] }}!", output, link=link)
+    chat = [{"role": "user", "content": "a"}]
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "a!"
+    tokenizer.save_pretrained(tmp_path / "tuned")
+    assert AutoTokenizer.from_pretrained(tmp_path / "tuned").apply_chat_template(chat, tokenize=False) == "a!"
+    assert (output / "model.safetensors").is_symlink() == link
+    expected = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    for name, tensor in AutoModelForCausalLM.from_pretrained(output).state_dict().items():
+        assert torch.equal(tensor, expected[name])
 
 
 def test_digest_follows_content_not_cards(tmp_path):

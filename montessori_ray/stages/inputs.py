@@ -18,6 +18,8 @@ ROWS_A_PART = 10_000
 
 FILES = "files"
 """Detail of a model that lies outside of the run: sizes and times of its files."""
+LINKED = "linked"
+"""Detail of a model that links to files outside of the run: where they lie, and a digest."""
 
 
 def import_seeds(context: StageContext) -> dict[str, Any]:
@@ -85,7 +87,8 @@ def _store(context: StageContext[AnySettings], rows: Iterable[dict[str, Any]]) -
 def import_teacher(context: StageContext) -> dict[str, Any]:
     """The original teacher as `inputs/teacher`."""
     config = context.config
-    return _import_model(context, config.teacher.model, "teacher", None, config.pool.max_model_len, ())
+    teacher = config.teacher
+    return _import_model(context, teacher.model, "teacher", teacher.chat_template, config.pool.max_model_len, ())
 
 
 def import_student(context: StageContext[AnySettings]) -> dict[str, Any]:
@@ -131,7 +134,14 @@ def _import_model(
     drop_layers: tuple[int, ...],
 ) -> dict[str, Any]:
     """A model made here (unpacked, pruned, joined) is copied into the run, where every node sees it; another stays."""
-    from montessori_ray.models import EMBEDDED, check_model, join_adapter, model_digest, prune_layers, resolve_model
+    from montessori_ray.models import (
+        EMBEDDED,
+        check_model,
+        join_adapter,
+        prune_layers,
+        resolve_model,
+        with_template,
+    )
     from montessori_ray.training.adapters import has_adapter
 
     folder = resolve_model(model)
@@ -144,12 +154,17 @@ def _import_model(
     if drop_layers:
         with context.output.model_writer() as target:
             prune_layers(folder, drop_layers, target)
+    elif role == "teacher" and template is not None:  # vLLM and DPO take it from the folder, a student's is handed on
+        link = not model.startswith(EMBEDDED)
+        with context.output.model_writer() as target:
+            with_template(folder, template, target, link=link)
+        if link:
+            return {"model": model, "dropped_layers": [], LINKED: _location(folder), FILES: _sizes_and_times(folder)}
     elif model.startswith(EMBEDDED):
         with context.output.model_writer() as target:
             shutil.copytree(folder, target, dirs_exist_ok=True)
     else:
-        location = {"path": str(folder), "digest": model_digest(folder)}
-        context.run.storage.write(f"{context.output.name}/{LOCATION}", json.dumps(location).encode())
+        context.run.storage.write(f"{context.output.name}/{LOCATION}", json.dumps(_location(folder)).encode())
         return {"model": model, "dropped_layers": [], FILES: _sizes_and_times(folder)}
     return {"model": model, "dropped_layers": list(drop_layers)}
 
@@ -164,8 +179,10 @@ def require_unchanged(artifact: Artifact) -> None:
     """
     from montessori_ray.models import model_digest  # late: see stages/__init__.py
 
-    manifest, location = artifact.manifest(), artifact.location()
-    if manifest is None or location is None:
+    if (manifest := artifact.manifest()) is None:
+        return
+    location = artifact.location() or manifest.details.get(LINKED)
+    if location is None:
         return
     folder = Path(location["path"])
     if _sizes_and_times(folder) != manifest.details.get(FILES) and model_digest(folder) != location["digest"]:
@@ -173,6 +190,13 @@ def require_unchanged(artifact: Artifact) -> None:
             f"{folder}, which is {artifact.name} of this run, is not the model that the run began with: put that back, "
             "or begin another run (run=DIR)"
         )
+
+
+def _location(folder: Path) -> dict[str, str]:
+    """Where a model lies, and what its content is."""
+    from montessori_ray.models import model_digest  # late: see stages/__init__.py
+
+    return {"path": str(folder), "digest": model_digest(folder)}
 
 
 def _sizes_and_times(folder: Path) -> dict[str, list[int]]:

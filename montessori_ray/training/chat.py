@@ -119,8 +119,9 @@ def collate(encoded: Sequence[Encoded], pad_token_id: int) -> dict[str, Tensor]:
     return {"input_ids": input_ids_BL, "attention_mask": attention_mask_BL, "labels": labels_BL}
 
 
-def load_tokenizer(model: Path | str, chat_template: str | None) -> Any:
-    """The tokenizer of a model directory with a chat template (Jinja text, a path, or None for its own).
+def load_tokenizer(model: Path | str, chat_template: str | None, role: str = "student") -> Any:
+    """The tokenizer of a model directory with a chat template (Jinja text, a path, or None for its own); `role`, of
+    the model, is for messages.
 
     Raises:
         ModelError: there is no tokenizer, or neither it nor `chat_template` is a chat template.
@@ -134,10 +135,10 @@ def load_tokenizer(model: Path | str, chat_template: str | None) -> Any:
         try:
             tokenizer.chat_template = template_text(chat_template)
         except ValueError as error:
-            raise ModelError(f"student.chat_template {error}") from None
+            raise ModelError(f"{role}.chat_template {error}") from None
     if tokenizer.chat_template is None:
         raise ModelError(
             f"the tokenizer in {model} has no chat template, as those of base models: take an instruct model, or set "
-            "student.chat_template to a Jinja template or a file with one"
+            f"{role}.chat_template to a Jinja template or a file with one"
         )
     return tokenizer
