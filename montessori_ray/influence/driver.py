@@ -216,7 +216,13 @@ class Pump:
         Raises:
             ResourceError: nothing happened for longer than leases and the placing of groups may take.
         """
-        for name in self._groups.watch(LOOK_S):
+        try:
+            retired = self._groups.watch(LOOK_S, state.over_one)
+        except ResourceError:
+            last: LedgerState = _ask(self._ledger.look.remote())
+            self._report(self._outstanding.take(last.rows), last)
+            raise
+        for name in retired:
             _ask(self._ledger.release.remote(name))
         self._groups.grow(state.baselines, state.backlog)
         silent = time.monotonic() - self._last_news

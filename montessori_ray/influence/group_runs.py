@@ -67,8 +67,11 @@ class GroupRuns:
         """Groups that have not ended."""
         return len(self._running)
 
-    def watch(self, seconds: float) -> list[str]:
+    def watch(self, seconds: float, over_one: Collection[str] = ()) -> list[str]:
         """Wait until a group ends, at most so long; retires groups that failed for good and returns their names.
+
+        A group that died `over_one` example and no other is followed by another one: such examples are given up after
+        some deaths, so that there are only so many of these groups.
 
         Raises:
             ResourceError: none is left; names the first cause.
@@ -80,7 +83,7 @@ class GroupRuns:
                 training_result(self._running.pop(name), name)
             except UserError as error:
                 retired.append(name)
-                self._retire(name, error)
+                self._retire(name, error, follow=name in over_one)
         if not self._running and self._first_error is not None:
             raise ResourceError(f"all {self.started} scoring groups failed; the first: {self._first_error}")
         return retired
@@ -121,9 +124,12 @@ class GroupRuns:
         self._running[name] = self._start(name)
         return name
 
-    def _retire(self, name: str, error: UserError) -> None:
+    def _retire(self, name: str, error: UserError, *, follow: bool) -> None:
         """Remember the first cause. The place of a group that failed is not filled again, or a mistake in the settings
-        would be tried for ever; that of one whose node left is."""
+        would be tried for ever; that of one whose node left is, or that is to be followed."""
+        if follow:
+            self._note(f"{name}, which died over single examples, is followed by {self._start_one()}: {error}")
+            return
         self._first_error = self._first_error or error
         self._places -= not isinstance(error, NotPlaced)
         self._note(f"{name} is retired, {len(self._running)} go on: {error}")

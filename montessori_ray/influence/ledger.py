@@ -88,6 +88,7 @@ class Ledger:
         self._finished: dict[str, Row] = {}
         self._next_lease = first_lease
         self._late: set[str] = set()
+        self._over_one: set[str] = set()
         self._closed = False
 
     def extend(self, examples: Sequence[Row]) -> None:
@@ -114,6 +115,10 @@ class Ledger:
         """Groups that let a lease run out and have not asked for another since: slow, hung or gone."""
         self._return_expired()
         return set(self._late)
+
+    def over_one(self) -> set[str]:
+        """Groups that died, at least once, over one example and no other: an example's fault rather than theirs."""
+        return set(self._over_one)
 
     def lease(self, group: str) -> Lease | Wait | None:
         """The next examples for `group`; WAIT when there is none at the moment; None when scoring is over."""
@@ -153,6 +158,7 @@ class Ledger:
         for lease in leases:
             self._suspects.extend(id_ for id_ in lease.open_ids if id_ in self._open)
         if len(leases) == 1 and leases[0].alone:
+            self._over_one.add(group)
             self._count_death(leases[0].open_ids[0])
 
     def drain(self) -> list[Row]:

@@ -28,6 +28,8 @@ class LedgerState:
     """By group that asked for a lease and did not die since: `Scorer.baselines`."""
     late: set[str]
     """Those of these groups that let a lease run out and were not heard of since."""
+    over_one: set[str]
+    """Groups that died over one example and no other."""
 
     @property
     def up(self) -> set[str]:
@@ -70,7 +72,9 @@ class LedgerActor:
     def look(self) -> LedgerState:
         """The driver's look; takes the finished rows along."""
         ledger = self._ledger
-        return LedgerState(ledger.drain(), ledger.backlog(), ledger.open(), dict(self._baselines), ledger.late())
+        return LedgerState(
+            ledger.drain(), ledger.backlog(), ledger.open(), dict(self._baselines), ledger.late(), ledger.over_one()
+        )
 
 
 def release_leases(ledger: Any, group: str) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from montessori_ray.config import Score
+from montessori_ray.errors import ResourceError
 from montessori_ray.influence.driver import LOAD_S, patience
-from montessori_ray.influence.group_runs import groups_to_start
+from montessori_ray.influence.group_runs import GroupRuns, groups_to_start
+from montessori_ray.training.ray_train import TrainingFailed
 
 
 @pytest.mark.parametrize(
@@ -33,3 +37,22 @@ def test_groups_that_are_worth_starting(
 def test_a_short_lease_leaves_time_to_load_the_student() -> None:
     assert patience(Score(lease_timeout_s=1, max_group_failures=0)) > LOAD_S
     assert patience(Score(lease_timeout_s=10_000)) > 20_000
+
+
+def test_a_group_that_single_examples_killed_is_followed_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object, name: str) -> None:
+        raise TrainingFailed(f"{name} failed")
+
+    monkeypatch.setattr("ray.wait", lambda refs, timeout: (refs, []))
+    monkeypatch.setattr("montessori_ray.influence.group_runs.training_result", fail)
+    notes: list[str] = []
+    start: Any = "run of {}".format
+    runs = GroupRuns(start, Score(groups=2), notes.append)
+    assert runs.watch(0, {"group-1"}) == ["group-0", "group-1"]
+    assert (len(runs), runs.started) == (1, 3)
+    assert notes == [
+        "group-0 is retired, 1 go on: group-0 failed",
+        "group-1, which died over single examples, is followed by group-2: group-1 failed",
+    ]
+    with pytest.raises(ResourceError, match="all 3 scoring groups failed; the first: group-0 failed"):
+        runs.watch(0)

@@ -130,6 +130,50 @@ def test_of_several_such_examples_each_is_found() -> None:
     assert {row["example_id"] for row in ledger.drain() if row.get("quarantine")} == {"e2", "e3", "e8"}
 
 
+def test_a_group_that_died_over_one_example_is_known() -> None:
+    ledger, _ = ledger_of(2, 2)
+    ledger.lease("a")
+    ledger.release("a")
+    assert ledger.over_one() == set(), "two examples were out"
+    assert isinstance(ledger.lease("b"), Lease)
+    ledger.release("b")
+    assert ledger.over_one() == {"b"}
+
+
+@pytest.mark.parametrize("culprits", [0, 1, 2, 3, 5, 7])
+@pytest.mark.parametrize("lease_size", [3, 8])
+def test_any_number_of_such_examples_is_outlived(culprits: int, lease_size: int) -> None:
+    """A group that has died four times is followed by another if it died over a single example."""
+    deadly = {f"e{number}" for number in range(12 - culprits, 12)}
+    ledger, _ = ledger_of(12, lease_size)
+    one_session(ledger, deadly)
+    rows = {row["example_id"]: row for row in ledger.drain()}
+    assert len(rows) == 12
+    assert {example_id for example_id, row in rows.items() if row.get("quarantine")} == deadly
+
+
+def test_where_every_example_kills_the_session_ends() -> None:
+    """It is not the examples: nothing is given up."""
+    ledger, _ = ledger_of(12, 3)
+    one_session(ledger, {f"e{number}" for number in range(12)})
+    assert (ledger.drain(), ledger.open()) == ([], 12)
+
+
+def one_session(ledger: Ledger, deadly: set[str]) -> None:
+    """One group at a time, until all is scored or a group has died four times and none is to follow it."""
+    group, deaths = 0, 0
+    while isinstance(lease := ledger.lease(f"g{group}"), Lease):
+        kills = any(row["example_id"] in deadly for row in lease.examples)
+        ledger.commit(lease.id, [row for row in done(lease) if row["example_id"] not in deadly])
+        if kills:
+            ledger.release(f"g{group}")
+            deaths += 1
+        if deaths == 4:
+            if f"g{group}" not in ledger.over_one():
+                return
+            group, deaths = group + 1, 0
+
+
 def test_no_example_of_a_bigger_lease_is_blamed_however_often_groups_are_killed() -> None:
     ledger, _ = ledger_of(40, lease_size=4)
     for _ in range(5):
