@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from montessori_ray.artifacts.manifest import Identity
 from montessori_ray.artifacts.run import Run
-from montessori_ray.config import load_config
+from montessori_ray.cluster import connected
+from montessori_ray.config import Cluster, load_config
+from montessori_ray.errors import ModelError
 from montessori_ray.loop import stages_of
 from montessori_ray.stages import synthesize
 from montessori_ray.stages.base import StageContext
 from montessori_ray.stages.schemas import INSTRUCTIONS, RESPONSES
+from montessori_ray.synthesis.client import GenerationRequest
 from montessori_ray.telemetry.progress import ProgressChannel
 
 CONFIG = load_config(Path(__file__).parents[1] / "configs/quickstart.yaml")
@@ -65,3 +71,21 @@ def test_every_kept_instruction_is_answered_once_wherever_a_session_stopped(
         monkeypatch.setattr(synthesize, "_answered_parts", until(None))
     assert synthesize.synthesize_responses(context)["responses"] == 5
     assert context.output.column("example_id") == ["0-0", "0-1", "1-0", "3-0", "5-0"]
+
+
+class Refusing:
+    """A client of the pool whose requests are all refused."""
+
+    def generate_all(self, requests: Iterable[GenerationRequest], *, concurrency: int) -> Iterator[Any]:
+        raise ModelError("a prompt of 90 tokens does not fit: raise pool.max_model_len")
+
+
+def test_what_a_user_did_wrong_is_said_in_its_own_words(context: StageContext) -> None:
+    """And not as a failed block of Ray Data's."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    refused = replace(context, client=cast("Any", Refusing()))
+    with (
+        connected(Cluster(num_cpus=1, dashboard=False, object_store_memory=100_000_000)),
+        pytest.raises(ModelError, match="^a prompt of 90 tokens does not fit: raise"),
+    ):
+        synthesize.synthesize_responses(refused)

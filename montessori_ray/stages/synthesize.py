@@ -14,9 +14,11 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from ray.exceptions import RayTaskError
 
 from montessori_ray.artifacts.storage import rows_of
 from montessori_ray.config import Sampling
+from montessori_ray.errors import UserError
 from montessori_ray.stages.base import StageContext
 from montessori_ray.stages.schemas import RESPONSES
 from montessori_ray.synthesis.client import GenerationRequest, PoolClient
@@ -121,6 +123,7 @@ def _answered_parts(context: StageContext, parts: list[str]) -> Iterator[pa.Tabl
     data_context = ray.data.DataContext.get_current()
     data_context.execution_options.preserve_order = True
     data_context.enable_progress_bars = False
+    data_context.raise_original_map_exception = True
     pool, settings = context.config.pool, context.config.synthesize
     rows_a_part = settings.commit_prompts * settings.n
     answer = partial(
@@ -132,8 +135,13 @@ def _answered_parts(context: StageContext, parts: list[str]) -> Iterator[pa.Tabl
     compute = ray.data.TaskPoolStrategy(size=in_flight)
     tables = items.map_batches(answer, batch_format="pyarrow", batch_size=None, num_cpus=0, compute=compute)
     batches: Any = tables.iter_batches(batch_format="pyarrow", batch_size=None)
-    for table in batches:
-        yield table.select(RESPONSES.names).cast(RESPONSES)
+    try:
+        for table in batches:
+            yield table.select(RESPONSES.names).cast(RESPONSES)
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
 
 
 def _answer_part(
