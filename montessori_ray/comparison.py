@@ -30,6 +30,7 @@ from montessori_ray.loop import (
     REFERENCE,
     STUDENT,
     STUDENT_KEYS,
+    WRITER_KEYS,
     run_stages,
     score_bundles,
     stages_of,
@@ -44,8 +45,12 @@ MEASURED_TOGETHER = ("score_fresh", "evaluate")
 RESULT = "compare/result"
 
 
-SEEDED = {"tune_teacher": "tuning_{cell.tuning_seed}/", "train_student": "student_{cell.student_seed}/"}
-"""Settings with a seed, and the folder of what is made with it."""
+TUNING, TRAINING = "tuning_{cell.tuning_seed}/", "student_{cell.student_seed}/"
+SEEDED = {"pair": TUNING, "tune_teacher": TUNING, "train_student": TRAINING}
+"""Settings that may have a seed of the cell, and the folder of what is made with it."""
+
+DRAWN = ("random", "shuffled_labels")
+"""Signals that are drawn, for every tuned teacher anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +92,26 @@ def stages_of_comparison(config: Config) -> list[Stage]:
 
 
 def _probed(config: Config, stages: list[Stage]) -> compare.Probed | None:
-    """The original teacher's probing examples, if they are scored as the fresh ones of all teachers will be."""
+    """The original teacher's probing examples, if they were written as its fresh ones and are scored as the fresh ones
+    of all teachers will be."""
     made = {stage.output: stage for stage in stages}
     scored = made.get(FIRST_INFLUENCE)
-    if scored is None or FIRST_PROBING not in scored.inputs or FIRST_FRESH not in made:
-        return None  # an arm that tunes responses scores several answers to one instruction
+    if scored is None or FIRST_FRESH not in made or {FIRST_WARMED, FIRST_PROBING} - {*scored.inputs}:
+        return None  # an arm that tunes responses, for one, scores several answers to one instruction
     alike = content_settings(scored.config or config, scored.settings) == content_settings(config, scored.settings)
-    return compare.Probed(influence=FIRST_INFLUENCE, fresh_set=FIRST_FRESH) if alike else None
+    if not alike or _written(FIRST_PROBING, made) != _written(FIRST_FRESH, made):
+        return None
+    return compare.Probed(influence=FIRST_INFLUENCE, fresh_set=FIRST_FRESH)
+
+
+def _written(examples: str, made: dict[str, Stage]) -> list[Any]:
+    """By which teachers and with which settings a set's instructions and responses were written."""
+    responses = made[made[examples].inputs[0]]
+    instructions = made[responses.inputs[0]]
+    return [
+        [stage.teacher, stage.config and content_settings(stage.config, keys)]
+        for stage, keys in ((instructions, ("seed", *WRITER_KEYS, "pool.dtype")), (responses, responses.settings))
+    ]
 
 
 def cells_of(config: Config) -> list[Cell]:
@@ -120,8 +138,12 @@ def _require_arms(config: Config) -> Compare:
 def _arm_config(config: Config, name: str, tuning_seed: int, student_seed: int) -> Config:
     """The config of one cell."""
     tree = config.model_dump(exclude={"compare"})
+    for key, value in _require_arms(config).arms[name].items():
+        set_dotted(tree, key, value)
     seeds = {"tune_teacher.seed": tuning_seed, "train_student.seed": student_seed}
-    for key, value in {**_require_arms(config).arms[name], **seeds}.items():
+    if tree["pair"]["signal"] in DRAWN:
+        seeds["pair.seed"] = tuning_seed
+    for key, value in seeds.items():
         set_dotted(tree, key, value)
     try:
         return Config.model_validate(tree)
@@ -155,10 +177,13 @@ class _Shared:
     def _placed(self, stage: Stage, cell: Cell, lies: dict[str, str]) -> Stage:
         """The stage in a folder that says what sets it apart: nothing, its arm, or its arm and seeds."""
         inputs = tuple(lies[name] for name in stage.inputs)
-        seeds = frozenset(SEEDED).intersection(stage.settings).union(*(self._seeds[name] for name in inputs))
-        folder = f"arms/{cell.arm}/" + "".join(
-            name.format(cell=cell) for settings, name in SEEDED.items() if settings in seeds
-        )
+        own = {
+            folder
+            for section, folder in SEEDED.items()
+            if section in stage.settings and getattr(cell.config, section).seed is not None
+        }
+        seeds = frozenset(own).union(*(self._seeds[name] for name in inputs))
+        folder = f"arms/{cell.arm}/" + "".join(name.format(cell=cell) for name in (TUNING, TRAINING) if name in seeds)
         if not seeds and stage.output not in self.stages:
             folder = ""
         placed = replace(

@@ -510,6 +510,9 @@ class Pair(Section):
     """What happens to scores below the noise that `score.recheck` measured; there is none for `exact` in float32."""
     judge: Judge | None = None
     """Who grades the examples from 1 to 10 for `signal: llm_judge`."""
+    seed: Annotated[int, Field(ge=0)] | None = None
+    """What is drawn for the signals `random` and `shuffled_labels`; None takes the run's seed. A comparison draws anew
+    for every tuning seed: which labels a control has is part of its chance."""
 
     @model_validator(mode="after")
     def _has_its_judge(self) -> Self:
@@ -618,7 +621,7 @@ class Compare(Section):
             for key in settings:
                 if key.partition(".")[0] in SHARED_BY_ARMS:
                     raise ValueError(f"arm {name} changes {key}, which all arms share: compare two runs instead")
-                if key in ("tune_teacher.seed", "train_student.seed"):
+                if key in ("pair.seed", "tune_teacher.seed", "train_student.seed"):
                     raise ValueError(f"arm {name} sets {key}: seeds are compare.tuning_seeds and compare.student_seeds")
         for seeds in (self.tuning_seeds, self.student_seeds):
             if len(set(seeds)) < len(seeds):

@@ -48,7 +48,7 @@ def test_inputs_are_made_before_and_nothing_is_made_twice() -> None:
 def test_arms_share_everything_but_their_choice() -> None:
     stages = kinds(stages_of_comparison(comparison(tuning_seeds=(0, 1), student_seeds=(0, 1, 2))))
     assert stages["warm_up"] == stages["score"] == 1
-    assert stages["pair"] == 2
+    assert stages["pair"] == 1 + 2, "labels are shuffled anew for every tuning seed"
     assert stages["tune_teacher"] == 2 * 2
     assert stages["train_student"] == 3 + 2 * 2 * 3
     assert stages["fresh_instructions"] == 1 + 2 * 2
@@ -64,7 +64,10 @@ def test_every_cell_has_the_stages_of_its_own_loop() -> None:
     assert student.config == cells_of(config)[2].config
     pairs = by_output[by_output["arms/shuffled/tuning_3/iteration_00/teacher"].inputs[1]]
     assert pairs.config is not None
-    assert pairs.config.pair.signal == "shuffled_labels"
+    assert (pairs.config.pair.signal, pairs.config.pair.seed) == ("shuffled_labels", 3)
+    assert pairs.output == "arms/shuffled/tuning_3/iteration_00/pairs"
+    helpful = by_output[by_output["arms/montessori/tuning_3/iteration_00/teacher"].inputs[1]]
+    assert (helpful.output, helpful.config and helpful.config.pair.seed) == ("iteration_00/pairs", None)
 
 
 def test_another_seed_changes_no_name() -> None:
@@ -100,6 +103,9 @@ def test_probing_examples_count_as_fresh_only_where_they_are_scored_alike() -> N
     assert probed(original | {"approximate": {"score.estimator": "first_order"}}) is None
     assert probed(original | {"responses": {"tune_teacher.tunes": "response"}}) is None, "several answers to each"
     assert probed({"self_instruct": {}}) is None, "no teacher but tuned ones is measured"
+    for other in ({"warm_up.epochs": 2}, {"synthesize.instructions.temperature": 0.5}, {"synthesize.shots": 5}):
+        arms = {"self_instruct": {**ARMS["self_instruct"], **other}, "montessori": {}}
+        assert probed(arms) is None, f"another student, or other prompts: {other}"
 
 
 def test_what_is_compared_with_what_and_arms_added_at_the_end_move_nothing() -> None:

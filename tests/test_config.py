@@ -453,6 +453,7 @@ def test_content_settings_are_dotted_leaves_without_what_only_decides_speed(mini
         "pair.max_pairs": None,
         "pair.below_noise": "drop",
         "pair.judge": None,
+        "pair.seed": None,
     }
 
 

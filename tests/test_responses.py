@@ -86,6 +86,6 @@ def test_what_a_user_did_wrong_is_said_in_its_own_words(context: StageContext) -
     refused = replace(context, client=cast("Any", Refusing()))
     with (
         connected(Cluster(num_cpus=1, dashboard=False, object_store_memory=100_000_000)),
-        pytest.raises(ModelError, match="^a prompt of 90 tokens does not fit: raise"),
+        pytest.raises(ModelError, match=r"^a prompt of 90 tokens does not fit: raise"),
     ):
         synthesize.synthesize_responses(refused)

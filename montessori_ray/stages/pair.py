@@ -16,7 +16,8 @@ def pair(context: StageContext) -> dict[str, Any]:
 
     Inputs: the influence, the sampled outputs, and the grades where a judge's are the signal.
     """
-    settings, seed = context.config.pair, context.config.seed
+    settings = context.config.pair
+    seed = settings.seed if settings.seed is not None else context.config.seed
     recheck = context.input(0).require().details["recheck"] or {"noise": 0.0}
     by_influence = settings.signal in ("influence", "shuffled_labels")
     noise = recheck["noise"] if settings.below_noise == "drop" and by_influence else 0.0

@@ -289,7 +289,8 @@ def test_a_comparison_is_more_of_the_same(tmp_path: Path) -> None:
     report = report_of(writer, "compare/result")
     assert len(report.tunings) == 3 * 2
     assert {entry.place for entry in report.pairs} == {
-        "iteration 0", "shuffled labels, iteration 0", "responses, iteration 0",
+        "iteration 0", "shuffled labels, tuning 0, iteration 0", "shuffled labels, tuning 1, iteration 0",
+        "responses, iteration 0",
     }  # fmt: skip
     assert report.fresh == [], "arms are told of by the comparison, not as teachers tuned once, twice, ..."
     (answers,) = [entry for entry in report.examples if entry.place.startswith("responses")]
