@@ -111,6 +111,9 @@ def test_probing_examples_of_the_original_teacher_count_as_fresh(run: Run) -> No
     assert (before["count"], after["count"]) == (3 + 2, 4)
     assert before["value"] == pytest.approx(fmean([0.1, -0.1, 0.3, 0.5, 0.7]))
     assert after["difference"] == pytest.approx(fmean([-0.5, -0.3, -0.4, 0.1]) - before["value"])
+    before, after = (row for row in details["measures"] if row["measure"] == "fresh_influence_alone")
+    assert (before["count"], after["count"]) == (3, 4)
+    assert after["difference"] == pytest.approx(fmean([-0.5, -0.3, -0.4, 0.1]) - fmean([0.1, -0.1, 0.3]))
 
 
 def test_students_of_one_teacher_stand_together() -> None:

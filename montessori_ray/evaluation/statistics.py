@@ -27,6 +27,10 @@ PERCENTILE_RESAMPLES = 10_000
 ERROR_RESAMPLES = 2_000
 """Bootstrap samples for a standard error, which is then right to 1 / sqrt(2 x 2,000) = 1.6 %."""
 
+FEW_ROWS = 20
+"""Rows below which the bootstrap is too narrow: of normal samples of 2, 4 and 8 rows such 95 % intervals held the mean
+in 52, 83 and 91 % (measured), Student's t in 95 to 96 %."""
+
 _CELLS_AT_ONCE = 10_000_000
 """Numbers drawn in one go, which bounds memory to some 200 MB for any number of rows."""
 
@@ -51,7 +55,8 @@ class Interval(NamedTuple):
 def paired_difference(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> Interval:
     """Mean of `first - second`, both (R,), (S, R) or (T, S, R): row r of both is the same row, and so for the seeds.
 
-    Rows alone: BCa bootstrap. It says what other rows would give, and nothing about other seeds.
+    Rows alone: BCa bootstrap, below `FEW_ROWS` Student's t. It says what other rows would give, and nothing about
+    other seeds.
 
     With several seeds of a kind: rows and each kind of seed are resampled independently of each other, so that the
     interval holds for other seeds *and* other rows; see `_crossed`.
@@ -77,7 +82,9 @@ def paired_difference(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> 
             "two rows, and leave out rows without a number"
         )
     levels = differences.squeeze()
-    return _one_level(levels, seed) if levels.ndim == 1 else _crossed(levels, seed)
+    if levels.ndim > 1:
+        return _crossed(levels, seed)
+    return mean_interval(levels.tolist()) if num_rows < FEW_ROWS else _one_level(levels, seed)
 
 
 def mean_interval(values: Sequence[float]) -> Interval:

@@ -17,10 +17,11 @@ from montessori_ray.telemetry.console import say_counts
 MEASURES = {
     "held_out_loss": ("Held-out loss", "change of the loss, nats a token"),
     "fresh_influence": ("Influence of fresh instructions", "change of the influence"),
+    "fresh_influence_alone": ("Influence of fresh instructions, without probing examples", "change of the influence"),
 }
 """Measure of `stages.compare` -> its title, and what a difference is in."""
 
-SMALLEST = {"held_out_loss": 0.01, "fresh_influence": SMALLEST_INFLUENCE}
+SMALLEST = {"held_out_loss": 0.01} | dict.fromkeys(("fresh_influence", "fresh_influence_alone"), SMALLEST_INFLUENCE)
 """Measure -> the size below which its numbers are given in powers of ten."""
 
 AS_THEY_ARE = ("arm", "measure", "category", "models", "value", "value_se", "count", "value_by_model", "share_helpful")
@@ -138,9 +139,9 @@ def section(found: Arms | None) -> Markup | None:
         f"All arms share everything but one choice; differences are from {named(found.against)}. Losses are paired by "
         "row and seed, and their intervals hold for other rows and seeds; teachers write different texts, so "
         "influences are not paired. The original teacher's probing examples count as fresh where they are scored as "
-        "these are. Lower is better in both."
+        "these are; the last plot and table leave them out. Lower is better in all."
     )
-    tables = [_table(found, measure) for measure in MEASURES]
+    tables = [_table(found, measure) for measure in MEASURES if found.of(measure)]
     return join([paragraph(note, kind="note"), figures(*drawn), *tables, _by_category(found), _data(found.data)])
 
 

@@ -83,7 +83,8 @@ def compare(
         cells: all cells of all arms.
         against: the arm that all others are compared with.
         probed: counts as fresh, since nothing was chosen by it: the original teacher is compared with every tuned one,
-            so what is known of it bounds what is known of any difference.
+            so what is known of it bounds what is known of any difference. Its prompts show earlier generations too,
+            fresh ones seeds alone, so the same is told without it as well.
     """
     context.output.discard_parts()
     by_arm: dict[str, list[CellOutputs]] = {}
@@ -92,9 +93,11 @@ def compare(
     losses = {measure: _losses(context, measure) for measure in SETS}
     categories = _categories(context)
     influence = fresh.by_teacher(context.input(1).rows(fresh.COLUMNS), lambda example_id: example_id.split(OF)[0])
+    alone = dict(influence)
     if probed is not None:
         rows_probed = context.run.artifact(probed.influence).rows(fresh.COLUMNS)
-        influence[probed.fresh_set] += fresh.by_teacher(rows_probed, lambda _: "probed").get("probed", [])
+        more = fresh.by_teacher(rows_probed, lambda _: "probed").get("probed", [])
+        influence[probed.fresh_set] = [*influence[probed.fresh_set], *more]
     rows: list[dict[str, Any]] = []
     for arm, own in by_arm.items():
         for measure in SETS:
@@ -102,7 +105,9 @@ def compare(
         for category, chosen in categories.items():
             row = _loss_row(arm, HELD_OUT, own, by_arm[against], losses[HELD_OUT], chosen)
             rows.append(row | {"category": category})
-        rows.append(_fresh_row(arm, own, by_arm[against], influence))
+        rows.append(_fresh_row(arm, "fresh_influence", own, by_arm[against], influence))
+        if probed is not None:
+            rows.append(_fresh_row(arm, "fresh_influence_alone", own, by_arm[against], alone))
     context.append(rows)
     sample = _sample(context, cells)
     return {
@@ -156,12 +161,14 @@ def _by_seeds(cells: list[CellOutputs], losses: list[Any]) -> Any:
     return np.array(list(by_tuning.values()))
 
 
-def _fresh_row(arm: str, own: list[CellOutputs], other: list[CellOutputs], found: dict[str, Groups]) -> dict[str, Any]:
+def _fresh_row(
+    arm: str, measure: str, own: list[CellOutputs], other: list[CellOutputs], found: dict[str, Groups]
+) -> dict[str, Any]:
     """Mean influence of what an arm's teachers write afresh; different texts, so the difference is not paired."""
     mine, theirs = ([group for name in _places(cells) for group in found[name]] for cells in (own, other))
     difference = None if own is other else welch_difference(mine, theirs)
     models = [grouped_mean(found[name]).mean for name in _places(own)]
-    return _row(arm, "fresh_influence", grouped_mean(mine), sum(map(len, mine)), difference, models) | {
+    return _row(arm, measure, grouped_mean(mine), sum(map(len, mine)), difference, models) | {
         "share_helpful": fresh.share_helpful(mine)
     }
 

@@ -132,7 +132,7 @@ LOSSES = pa.schema(
 COMPARISON = pa.schema(
     [
         ("arm", pa.string()),
-        ("measure", pa.string()),  # held_out_loss, reference_loss, fresh_influence
+        ("measure", pa.string()),  # held_out_loss, reference_loss, fresh_influence, fresh_influence_alone
         ("category", pa.string()),  # of the held-out rows it is about; null: all of them
         ("models", pa.int32()),  # students, or teachers, that were measured
         ("value", pa.float64()),

@@ -198,10 +198,13 @@ def comparison_tables(details: dict[str, Any]) -> list[Table | Text]:
     titles = {
         "held_out_loss": f"Held-out loss against {against} (lower is better)",
         "fresh_influence": f"Influence of fresh instructions against {against} (negative helps)",
+        "fresh_influence_alone": "The same without the original teacher's probing examples",
     }
     tables: list[Table | Text] = []
     for measure, title in titles.items():
         rows = [row for row in details["measures"] if row["measure"] == measure and row["category"] is None]
+        if not rows:
+            continue
         exponent = 3 * floor(log10(max((abs(row["value"]) for row in rows), default=0.0) or 1.0) / 3)
         unit = f", in 1e{exponent:+d}" if exponent else ""
         tables.append(_arms_table(f"{title}{unit}", rows, 10.0**exponent))

@@ -186,3 +186,13 @@ def test_a_difference_is_said_plainly(numbers: tuple[float, float, float], sente
 
 def test_a_single_value_has_no_error() -> None:
     assert mean_se([2.0]) == {"mean": 2.0, "se": 0.0}
+
+
+@pytest.mark.parametrize("rows", [2, 4, 8, 19])
+def test_intervals_of_a_handful_of_rows_hold_as_often_as_they_say(rows: int) -> None:
+    """A category of held-out rows has no more; the bootstrap's hold 52 to 92 % there."""
+    rng = np.random.default_rng(0)
+    samples = rng.normal(1.0, 2.0, (2_000, rows))
+    found = [paired_difference(sample, np.zeros(rows)) for sample in samples]
+    held = np.mean([change.low <= 1.0 <= change.high for change in found])
+    assert 0.935 < held < 0.965
