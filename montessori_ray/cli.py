@@ -168,10 +168,12 @@ def stages(
     else:
         artifacts, settings, listed = _read_run(str(directory))
     if remove is not None:
+        maker = {stage.output: stage.name for stage in listed}
         with artifacts.lock():
             for artifact in map(artifacts.artifact, loop.made_from(remove, listed)):
                 if artifact.manifest() or artifact.begun():
                     artifact.remove()
+                    artifacts.remove_trainings(maker[artifact.name])  # or an unfinished one would go on
                     typer.echo(f"removed {artifact.name}")
         return
     for stage in listed:

@@ -537,6 +537,8 @@ class DpoOptimizer(Optimizer):
 class TuneTeacher(Training):
     """DPO on the teacher (paper section 3.3): Training's settings and these."""
 
+    speed_only = Training.speed_only | {"reference"}  # where it decides anything, the stage has one input more
+
     tunes: Literal["instruction", "response", "nothing"] = "instruction"
     """What the pairs are made of: instructions of one few-shot prompt (paper), `candidates` responses to one
     instruction (the paper's ablation; the original teacher then goes on writing the instructions), or `nothing`:

@@ -102,6 +102,7 @@ class Session:
         artifact = self.run.artifact(stage.output)
         if artifact.check(identity_of(stage, self.config, self.run)):
             self.console.skipped(stage.name, artifact.require())
+            self._remove_trainings(stage)
             return
         client = self._host(stage)
         context = StageContext(
@@ -131,10 +132,14 @@ class Session:
         )
         self.events.flush()
         self.console.finished(stage.name, manifest)
+        self._remove_trainings(stage)
+
+    def _remove_trainings(self, stage: Stage) -> None:
+        """The stage is done, so a failure here must not end the session."""
         try:
-            self.run.remove_trainings(context.train_name)
-        except RunError as error:  # the stage is done, only its disk space is not free
-            self.note(f"checkpoints of {stage.name} stay: {error}")
+            self.run.remove_trainings(stage.name)
+        except (RunError, OSError) as error:
+            self.note(f"checkpoints of {stage.name} stay and take disk space: {error}")
 
     def note(self, sentence: str, **fields: Any) -> None:
         """Tell the user something, on the console and as an event."""

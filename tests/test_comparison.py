@@ -70,6 +70,20 @@ def test_every_cell_has_the_stages_of_its_own_loop() -> None:
     assert (helpful.output, helpful.config and helpful.config.pair.seed) == ("iteration_00/pairs", None)
 
 
+def test_another_reference_policy_is_other_work_from_the_second_iteration_on() -> None:
+    twice = {"iterations": 2}
+    arms = ARMS | {"twice": twice, "anchored": twice | {"tune_teacher.reference": "original"}}
+    del arms["shuffled"]
+    stages = stages_of_comparison(comparison(arms))
+    assert kinds(stages)["warm_up"] == kinds(stages)["score"] == 2
+    tuned = [stage.name for stage in stages if stage.kind == "tune_teacher"]
+    assert sorted(tuned) == [
+        "arms/anchored/tuning_0/iteration_01/tune_teacher",
+        "arms/montessori/tuning_0/iteration_00/tune_teacher",
+        "arms/twice/tuning_0/iteration_01/tune_teacher",
+    ]
+
+
 def test_another_seed_changes_no_name() -> None:
     before = {stage.output for stage in stages_of_comparison(comparison(student_seeds=(0,)))}
     after = {stage.output for stage in stages_of_comparison(comparison(student_seeds=(0, 1)))}

@@ -243,14 +243,14 @@ class Run:
         """Where Ray Train keeps checkpoints of unfinished trainings."""
         return f"{self.root}/train"
 
-    def remove_trainings(self, name: str) -> None:
-        """Remove what Ray Train kept of the finished trainings called `name` or `name-...`.
+    def remove_trainings(self, stage: str) -> None:
+        """Remove what Ray Train keeps of the trainings of a stage (see `StageContext.train_name`).
 
         Raises:
-            RunError: it cannot be removed.
+            RunError, OSError: it cannot be removed.
         """
         for entry in self.storage.entries("train"):
-            if entry == name or entry.startswith(f"{name}-"):
+            if entry.startswith(f"{stage.replace('/', '-')}-"):
                 self.storage.remove(f"train/{entry}")
 
     @contextmanager

@@ -504,12 +504,13 @@ def test_faults_of_the_body_are_not_said_to_be_the_locks(local_run: Run) -> None
         raise PermissionError("somewhere else")
 
 
-def test_a_finished_stages_checkpoints_are_removed_and_no_others(run: Run) -> None:
-    run.remove_trainings("score-1a2b")
-    for name in ("score-1a2b-group-0", "score-1a2b", "score-1a2bc", "final-score-1a2b"):
+def test_a_stages_checkpoints_are_removed_and_no_others(run: Run) -> None:
+    run.remove_trainings("final/score")
+    kept = ["arms-x-final-score-1a2b", "final-score_fresh-1a2b-group-0"]
+    for name in ("final-score-1a2b-group-0", "final-score-3c4d", *kept):
         run.storage.write(f"train/{name}/checkpoint/weights", b"many")
-    run.remove_trainings("score-1a2b")
-    assert run.storage.entries("train") == ["final-score-1a2b", "score-1a2bc"]
+    run.remove_trainings("final/score")
+    assert run.storage.entries("train") == kept
 
 
 @pytest.mark.parametrize("run", ["bucket"], indirect=True)
