@@ -80,7 +80,8 @@ def score_examples(
         seconds, groups (how many were started).
 
     Raises:
-        ResourceError: every group failed for good, or nothing happened for longer than all timeouts together.
+        ResourceError: every group failed for good, nothing happened for longer than all timeouts together, or a group
+            has sent wrong rows.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = LedgerActor
@@ -99,6 +100,7 @@ def score_examples(
         pump = Pump(ledger, groups, settings, on_rows, progress, total, done)
         up = pump.run(examples)
         groups.send_home(ledger, up)
+        require_unspoilt(_ask(ledger.look.remote()))
     except KeyboardInterrupt:
         raise  # the driver ends, and Ray ends with it all that it started; see `stop_training` on cancelling
     except BaseException:
@@ -162,6 +164,7 @@ class Pump:
         feeding = True
         while True:
             state: LedgerState = _ask(self._ledger.look.remote())
+            require_unspoilt(state)
             rows = self._outstanding.take(state.rows)
             self._report(rows, state)
             if not feeding and not self._outstanding and self._baselines:
@@ -232,6 +235,20 @@ class Pump:
                 "placed and to load the student, or twice score.lease_timeout_s): a worker hangs, see its logs; the "
                 "same command continues with the rows that are committed"
             )
+
+
+def require_unspoilt(state: LedgerState) -> None:
+    """Refuse to go on with wrong rows.
+
+    Raises:
+        ResourceError: names the worker and what it said.
+    """
+    if state.spoilt is not None:
+        raise ResourceError(
+            f"rows of {state.spoilt}; it is a defect of this software or of the machine: remove this influence "
+            "(`montessori stages --remove`) and score anew with score.verify_every=1, which stops before a wrong row, "
+            "on other nodes or with another score.backend"
+        )
 
 
 def patience(settings: ScoreSettings) -> float:

@@ -94,6 +94,10 @@ class Measured(NamedTuple):
     influence_se: float | None
 
 
+class NotRestoredError(RuntimeError):
+    """The warmed state was not restored: scores since it was last seen are wrong."""
+
+
 class Estimator:
     """Steps on an example, measures what that did, and goes back; subclasses say how it is measured."""
 
@@ -126,7 +130,7 @@ class Estimator:
             null_step = student.reference_losses(reference)
         finally:
             student.restore()
-        self._verify()
+        self.verify()
         self._before = null_step if baseline == "null_step" else warmed
         self.warmed_loss = reference.mean(warmed)
         self.null_step_loss = reference.mean(null_step)
@@ -186,12 +190,17 @@ class Estimator:
         self._student.restore()
         self._scored += 1
         if self._scored % self._verify_every == 0:
-            self._verify()
+            self.verify()
 
-    def _verify(self) -> None:
+    def verify(self) -> None:
+        """Check that the student is in its warmed state, bit for bit.
+
+        Raises:
+            NotRestoredError: it is not.
+        """
         digest = self._student.digest()
         if digest != self._warmed_digest:
-            raise RuntimeError(
+            raise NotRestoredError(
                 f"the warmed student was not restored exactly: state {digest} instead of {self._warmed_digest} after "
                 f"{self._scored} points; scores of this group since the last check are wrong"
             )

@@ -17,6 +17,7 @@ import ray
 import torch.distributed as dist
 
 from montessori_ray.config import Score as ScoreSettings
+from montessori_ray.influence.estimators import NotRestoredError
 from montessori_ray.influence.ledger import Lease, Row, Wait
 from montessori_ray.influence.scorer import Scorer
 
@@ -47,24 +48,30 @@ def score_loop(settings: dict[str, Any]) -> None:
     leader = dist.get_rank() == 0
     if leader:
         ray.get(group.ledger.release.remote(group.name))
+    worker = f"{group.name}@{socket.gethostname()}"
     scorer = Scorer(
         group.student,
         group.reference,
         group.settings,
         chat_template=group.chat_template,
         max_length=group.max_length,
-        worker=f"{group.name}@{socket.gethostname()}",
+        worker=worker,
     )
     leases = _Leases(group, scorer.baselines, leader)
     rows = _Rows(group, leader)
-    for lease in leases:
-        scores = scorer.score_each(lease.examples)
-        for example in lease.examples:
-            if example is lease.examples[-1] and not lease.alone:
-                leases.ask()
-            rows.add(lease, next(scores).row())
-        rows.send()
-    rows.finish()
+    try:
+        for lease in leases:
+            scores = scorer.score_each(lease.examples)
+            for example in lease.examples:
+                if example is lease.examples[-1] and not lease.alone:
+                    leases.ask()
+                rows.add(lease, next(scores).row())
+            rows.send()
+        rows.finish()
+        scorer.verify()
+    except NotRestoredError as error:
+        ray.get(group.ledger.spoil.remote(f"{worker}: {error}"))
+        raise
 
 
 class _Leases:

@@ -30,6 +30,8 @@ class LedgerState:
     """Those of these groups that let a lease run out and were not heard of since."""
     over_one: set[str]
     """Groups that died over one example and no other."""
+    spoilt: str | None
+    """What a group said that has sent wrong rows."""
 
     @property
     def up(self) -> set[str]:
@@ -45,6 +47,11 @@ class LedgerActor:
     def __init__(self, lease_size: int, lease_timeout_s: float) -> None:
         self._ledger = Ledger(lease_size, lease_timeout_s, first_lease=time.time_ns())
         self._baselines: dict[str, dict[str, float]] = {}
+        self._spoilt: str | None = None
+
+    def spoil(self, sentence: str) -> None:
+        """A group has sent rows that are wrong."""
+        self._spoilt = self._spoilt or sentence
 
     def release(self, group: str) -> None:
         """A group died; its leases go back."""
@@ -73,8 +80,9 @@ class LedgerActor:
         """The driver's look; takes the finished rows along."""
         ledger = self._ledger
         return LedgerState(
-            ledger.drain(), ledger.backlog(), ledger.open(), dict(self._baselines), ledger.late(), ledger.over_one()
-        )
+            rows=ledger.drain(), backlog=ledger.backlog(), open=ledger.open(), baselines=dict(self._baselines),
+            late=ledger.late(), over_one=ledger.over_one(), spoilt=self._spoilt,
+        )  # fmt: skip
 
 
 def release_leases(ledger: Any, group: str) -> None:

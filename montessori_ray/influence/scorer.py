@@ -119,6 +119,16 @@ class Scorer:
         except ModelError as error:  # of this example: the template has rendered all reference rows
             return str(error)
 
+    def verify(self) -> None:
+        """Check that the student is in its warmed state now, between the checks every `score.verify_every` points.
+
+        Raises:
+            NotRestoredError: it is not.
+        """
+        with _process_kept():
+            set_generator_states(self._generators)  # the fingerprint of the warmed state has them
+            self._estimator.verify()
+
     def _score(self, example: Mapping[str, Any], prepared: Encoded | str) -> Score:
         if isinstance(prepared, str):
             return self._quarantined(example, prepared)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,9 +11,13 @@ from typing import Any
 import pytest
 
 from montessori_ray.config import Score as ScoreSettings
+from montessori_ray.errors import ResourceError
 from montessori_ray.influence import groups
+from montessori_ray.influence.driver import require_unspoilt
+from montessori_ray.influence.estimators import NotRestoredError
 from montessori_ray.influence.groups import Group, _Rows, score_loop
 from montessori_ray.influence.ledger import Lease
+from montessori_ray.influence.ledger_actor import LedgerState
 from montessori_ray.influence.score import Score
 
 LEASES = (
@@ -30,6 +36,7 @@ class WrittenDown:
         self.release = SimpleNamespace(remote=lambda group: self.calls.append(f"release {group}"))
         self.lease = SimpleNamespace(remote=self._lease)
         self.commit = SimpleNamespace(remote=self._commit)
+        self.spoil = SimpleNamespace(remote=lambda sentence: self.calls.append(f"spoilt {sentence}"))
 
     def _lease(self, group: str, baselines: dict[str, float]) -> Lease | None:
         self.calls.append("lease")
@@ -48,8 +55,35 @@ def test_the_next_lease_is_asked_for_early_but_not_beside_a_suspect(monkeypatch:
             ledger.calls.append(example["example_id"])
             return Score(example_id=example["example_id"])
 
-        return SimpleNamespace(score_each=lambda examples: map(score, examples), baselines={})
+        return SimpleNamespace(
+            score_each=lambda examples: map(score, examples), baselines={}, verify=lambda: ledger.calls.append("verify")
+        )
 
+    run(monkeypatch, ledger, scorer)
+    assert ledger.calls == [
+        "release g", "lease", "a", "lease", "b", (0, "ab"), "c", (1, "c"), "lease", "d", (2, "d"), "lease", "verify",
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("alone")
+def test_rows_found_to_be_wrong_at_the_end_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer than `verify_every` points came after the last check."""
+    ledger = WrittenDown()
+
+    def scorer(*args: Any, **kwargs: Any) -> Any:
+        def verify() -> None:
+            raise NotRestoredError("not restored")
+
+        scores = (Score(example_id=row["example_id"]) for lease in LEASES for row in lease.examples)
+        return SimpleNamespace(score_each=lambda examples: scores, baselines={}, verify=verify)
+
+    with pytest.raises(NotRestoredError):
+        run(monkeypatch, ledger, scorer)
+    assert re.fullmatch(r"spoilt g@\S+: not restored", ledger.calls[-1])
+
+
+def run(monkeypatch: pytest.MonkeyPatch, ledger: WrittenDown, scorer: Any) -> None:
+    """A group's loop in this process."""
     monkeypatch.setattr(groups, "Scorer", scorer)
     monkeypatch.setattr(groups.ray, "get", lambda answer: answer)
     group = Group(
@@ -57,9 +91,13 @@ def test_the_next_lease_is_asked_for_early_but_not_beside_a_suspect(monkeypatch:
         max_length=1,
     )  # fmt: skip
     score_loop({"group": group})
-    assert ledger.calls == [
-        "release g", "lease", "a", "lease", "b", (0, "ab"), "c", (1, "c"), "lease", "d", (2, "d"), "lease",
-    ]  # fmt: skip
+
+
+def test_scoring_stops_at_the_first_word_of_wrong_rows() -> None:
+    state = LedgerState(rows=[], backlog=0, open=0, baselines={}, late=set(), over_one=set(), spoilt=None)
+    require_unspoilt(state)
+    with pytest.raises(ResourceError, match=r"rows of g@host: not restored; .* score anew with score\.verify_every=1"):
+        require_unspoilt(replace(state, spoilt="g@host: not restored"))
 
 
 def test_only_the_leader_keeps_rows() -> None:

@@ -13,6 +13,7 @@ from montessori_ray.config import Score
 from montessori_ray.errors import DataError, ModelError
 from montessori_ray.influence import local_student, reference
 from montessori_ray.influence.estimators import Exact, Measured
+from montessori_ray.influence.estimators import NotRestoredError
 from montessori_ray.influence.scorer import Scorer
 from montessori_ray.influence.zero_state import leaves_room
 from montessori_ray.preferences import build_pairs
@@ -88,6 +89,16 @@ def test_poison_is_quarantined_with_its_reason_and_leaves_no_trace(scorer: Calla
         poisoned = made.score({**EXAMPLES[1], **change})
         assert (poisoned.quarantine, poisoned.influence) == (reason, None)
         assert made.score(EXAMPLES[0]).influence == good
+
+
+def test_a_group_that_ends_between_two_checks_is_checked_as_well(scorer: Callable[..., Scorer]) -> None:
+    made = scorer()
+    made.score(EXAMPLES[0])
+    made.verify()
+    made._student.restore = lambda: None  # type: ignore[method-assign]
+    made.score(EXAMPLES[0])
+    with pytest.raises(NotRestoredError, match="not restored exactly: .* after 2 points"):
+        made.verify()
 
 
 def test_rows_tokenized_ahead_are_scored_as_one_at_a_time(scorer: Callable[..., Scorer]) -> None:
