@@ -12,8 +12,7 @@ import torch
 from montessori_ray.config import Score
 from montessori_ray.errors import DataError, ModelError
 from montessori_ray.influence import local_student, reference
-from montessori_ray.influence.estimators import Exact, Measured
-from montessori_ray.influence.estimators import NotRestoredError
+from montessori_ray.influence.estimators import Exact, Measured, NotRestoredError
 from montessori_ray.influence.scorer import Scorer
 from montessori_ray.influence.zero_state import leaves_room
 from montessori_ray.preferences import build_pairs
