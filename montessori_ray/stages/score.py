@@ -8,6 +8,7 @@ from itertools import islice
 from statistics import fmean, stdev
 from typing import Any
 
+from montessori_ray.errors import RunError
 from montessori_ray.evaluation.statistics import mean_se
 from montessori_ray.influence.agreement import agreement
 from montessori_ray.stages.base import AnySettings, StageContext
@@ -48,6 +49,11 @@ def score(context: StageContext[AnySettings]) -> dict[str, Any]:
             name=context.train_name, storage=context.run.train_storage(), progress=context.progress,
             total=total, done=scored, note=context.note,
         )  # fmt: skip
+    if (found := context.output.count()) != total:  # in a bucket, which has no lock
+        raise RunError(
+            f"{context.output.url} holds {found} scores of {total} examples: another session worked on this run at the "
+            "same time; stop it, remove these scores (`montessori stages --remove`), and score again"
+        )
     return summary | summarise(context.output.rows(SUMMARY_COLUMNS))
 
 

@@ -96,7 +96,7 @@ def test_a_group_that_ends_between_two_checks_is_checked_as_well(scorer: Callabl
     made.verify()
     made._student.restore = lambda: None  # type: ignore[method-assign]
     made.score(EXAMPLES[0])
-    with pytest.raises(NotRestoredError, match="not restored exactly: .* after 2 points"):
+    with pytest.raises(NotRestoredError, match=r"not restored exactly: .* after 2 points"):
         made.verify()
 
 

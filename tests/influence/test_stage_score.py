@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from montessori_ray.stages.score import without
+from montessori_ray.artifacts.manifest import Identity
+from montessori_ray.artifacts.run import Run
+from montessori_ray.config import load_config
+from montessori_ray.errors import RunError
+from montessori_ray.loop import stages_of
+from montessori_ray.stages.base import StageContext
+from montessori_ray.stages.schemas import EXAMPLES, INPUT_ROWS
+from montessori_ray.stages.score import score, without
+from montessori_ray.telemetry.progress import ProgressChannel
 
 
 @given(st.lists(st.integers(0, 40), unique=True), st.data())
@@ -28,3 +40,39 @@ def test_without_reads_no_further_than_it_must() -> None:
 
     assert list(without([{"example_id": "e0"}, {"example_id": "e1"}, {"example_id": "e2"}], scored())) == []
     assert read == ["e1", "e0", "e3", "e2"]
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_scores_that_another_session_overwrote_are_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: int
+) -> None:
+    """Two sessions on one run in a bucket, which has no lock, write the same parts."""
+    config = load_config(Path(__file__).parents[2] / "configs/quickstart.yaml")
+    stage = {stage.name: stage for stage in stages_of(config)}["iteration_00/score"]
+    run = Run(str(tmp_path))
+    nothing = Identity(stage="before", settings={}, inputs={})
+    for name, schema, ids in (("inputs/reference", INPUT_ROWS, ["r"]), ("iteration_00/probing_set", EXAMPLES, "abc")):
+        artifact = run.artifact(name)
+        artifact.begin(nothing)
+        artifact.append(pa.Table.from_pylist([{"example_id": id_, "prompt_id": "p"} for id_ in ids], schema=schema))
+        artifact.commit(details={}, seconds=0.0, columns={field.name: str(field.type) for field in schema})
+    student = run.artifact("iteration_00/warmed_student")
+    student.begin(nothing)
+    with student.model_writer() as folder:
+        (folder / "model").touch()
+    student.commit(details={}, seconds=0.0)
+
+    def score_examples(*, examples: Iterable[list[dict[str, Any]]], on_rows: Any, **_: Any) -> dict[str, Any]:
+        rows = [row for chunk in examples for row in chunk]
+        on_rows([{"example_id": row["example_id"], "influence": -0.1} for row in rows[lost:]])
+        return {"warmed_loss": 1.0}
+
+    monkeypatch.setattr("montessori_ray.influence.driver.score_examples", score_examples)
+    context: StageContext[Any] = StageContext(
+        stage=stage, config=config, run=run, progress=ProgressChannel("score", None), note=lambda *_, **__: None
+    )
+    if lost:
+        with pytest.raises(RunError, match="holds 2 scores of 3 examples: another session worked on this run"):
+            score(context)
+    else:
+        assert score(context)["scored"] == 3
