@@ -9,6 +9,7 @@ Shapes: B examples of a batch, L padded tokens.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +127,9 @@ def load_tokenizer(model: Path | str, chat_template: str | None, role: str = "st
     Raises:
         ModelError: there is no tokenizer, or neither it nor `chat_template` is a chat template.
     """
+    if Path(model).is_absolute() and not Path(model).is_dir():  # transformers would take it for a name of the Hub
+        where = socket.gethostname()
+        raise ModelError(f"there is no folder {model} on {where}: models must lie where all nodes see them")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(model))
     except (OSError, ValueError, KeyError) as error:

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from montessori_ray.errors import ModelError
-from montessori_ray.training.chat import ChatFormat, Encoded, collate
+from montessori_ray.training.chat import ChatFormat, Encoded, collate, load_tokenizer
 
 CHATML = (
     "{% for m in messages %}<|start|>{{ m['role'] }} {{ m['content'] }} <|end|> next {% endfor %}"
@@ -95,6 +95,11 @@ def test_load_takes_the_own_template_a_text_or_a_file(tokenizer, tmp_path: Path)
     ]
     encoded = [chat.encode("what is two", "four") for chat in given]
     assert encoded[0] == encoded[1] == encoded[2]
+
+
+def test_a_folder_that_is_not_there_is_no_name_of_the_hub(tmp_path: Path):
+    with pytest.raises(ModelError, match=rf"there is no folder {tmp_path}/gone on .*: models must lie where all nodes"):
+        load_tokenizer(tmp_path / "gone", None)
 
 
 def test_collate_pads_on_the_right():
