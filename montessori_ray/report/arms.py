@@ -17,7 +17,7 @@ from montessori_ray.telemetry.console import say_counts
 MEASURES = {
     "held_out_loss": ("Held-out loss", "change of the loss, nats a token"),
     "fresh_influence": ("Influence of fresh instructions", "change of the influence"),
-    "fresh_influence_alone": ("Influence of fresh instructions, without probing examples", "change of the influence"),
+    "fresh_influence_alone": ("Influence of fresh ones alone", "change of the influence"),
 }
 """Measure of `stages.compare` -> its title, and what a difference is in."""
 
@@ -138,9 +138,13 @@ def section(found: Arms | None) -> Markup | None:
     note = (
         f"All arms share everything but one choice; differences are from {named(found.against)}. Losses are paired by "
         "row and seed, and their intervals hold for other rows and seeds; teachers write different texts, so "
-        "influences are not paired. The original teacher's probing examples count as fresh where they are scored as "
-        "these are; the last plot and table leave them out. Lower is better in all."
+        "influences are not paired. Lower is better."
     )
+    if found.of("fresh_influence_alone"):
+        note += (
+            " The original teacher's probing examples count as fresh, as they are scored as these are; the last plot "
+            "and table are without them."
+        )
     tables = [_table(found, measure) for measure in MEASURES if found.of(measure)]
     return join([paragraph(note, kind="note"), figures(*drawn), *tables, _by_category(found), _data(found.data)])
 
