@@ -455,9 +455,9 @@ def _connect(session: Session, config: AnySettings, ready: Sequence[Stage]) -> N
 
 
 def _models(run: Run) -> list[str]:
-    """Folders of the models a user brought."""
+    """A file of each model a user brought: where its folder is one of links, what they lead to counts."""
     brought = (run.artifact(name) for name in (TEACHER, STUDENT))
-    return [str(artifact.model_path()) for artifact in brought if artifact.manifest() is not None]
+    return [str(artifact.model_path() / "config.json") for artifact in brought if artifact.manifest() is not None]
 
 
 def _place_of(name: str) -> str:

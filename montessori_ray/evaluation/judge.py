@@ -144,13 +144,17 @@ def win_rate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             f"that follows its instructions, or give it room to reply; it said {reply[-200:]!r}"
         )
     shares = [fmean(scores) for scores in both.values()]
+    rate = paired_difference(shares, [0.0] * len(shares))
+    rate = rate._replace(
+        low=max(rate.low, 0.0), high=min(rate.high, 1.0)
+    )  # Student's t of few pairs knows no such ends
     decided = [row for row in rows if row["verdict"] in (CANDIDATE, BASELINE)]
     return {
         "pairs": len(both),
         "wins": sum(share > 0.5 for share in shares),
         "ties": shares.count(0.5),
         "losses": sum(share < 0.5 for share in shares),
-        "win_rate": paired_difference(shares, [0.0] * len(shares))._asdict(),
+        "win_rate": rate._asdict(),
         "follows_place": sum(sorted(scores) == [0.0, 1.0] for scores in both.values()) / len(both),
         "first_place": fmean(row["verdict"] == row["shown_first"] for row in decided) if decided else None,
         "verdicts": dict(verdicts),

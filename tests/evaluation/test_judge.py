@@ -12,7 +12,7 @@ import pytest
 from montessori_ray.config import Judge
 from montessori_ray.errors import DataError
 from montessori_ray.evaluation.endpoint import Ask, ChatEndpoint, Conversation, Reply
-from montessori_ray.evaluation.judge import Pair, judge_pairs, pair_scores, parse_verdict, win_rate
+from montessori_ray.evaluation.judge import BASELINE, CANDIDATE, Pair, judge_pairs, pair_scores, parse_verdict, win_rate
 from tests.evaluation.serving import serving
 
 SHOWN = re.compile(r"# Answer of A\n(.*?)\n\n# Answer of B\n(.*?)\n\n# Your decision", re.DOTALL)
@@ -52,6 +52,17 @@ def test_a_judge_that_takes_the_first_answer_wins_nobody_anything() -> None:
     found = win_rate(list(judge_pairs(pairs(10), asked(lambda conversation: Reply("Verdict: A")))))
     assert (found["win_rate"]["mean"], found["win_rate"]["se"], found["ties"]) == (0.5, 0, 10)
     assert (found["follows_place"], found["first_place"]) == (1, 1)
+
+
+def test_the_interval_of_few_pairs_stays_among_shares() -> None:
+    rows = [
+        {"example_id": str(number), "verdict": CANDIDATE if number else BASELINE, "shown_first": first, "reply": ""}
+        for number in range(4)
+        for first in (CANDIDATE, BASELINE)
+    ]
+    rate = win_rate(rows)["win_rate"]
+    assert (rate["mean"], rate["high"]) == (0.75, 1.0)
+    assert rate["low"] == 0.0, "0.75 less 3.18 standard errors of .25 is below"
 
 
 def test_pairs_without_a_readable_verdict_in_both_orders_do_not_count() -> None:
