@@ -3,7 +3,8 @@
 An arm is the config with a few settings changed (`compare.arms`); a *cell* is an arm with one tuning seed and one
 student seed. Every cell is the loop's own list of stages. A stage whose name, settings and inputs are those of another
 cell's stage is the same stage: warm-up, scores and the original teacher's data are made once, whatever the number of
-arms, and a second student seed adds one training. What is measured at the end, of all arms, is in `stages.compare`.
+arms, and a second student seed adds one training. Of independent seeds each has a loop of its own, which arms share in
+the same way. What is measured at the end, of all arms, is in `stages.compare`.
 """
 
 from __future__ import annotations
@@ -45,9 +46,10 @@ MEASURED_TOGETHER = ("score_fresh", "evaluate")
 RESULT = "compare/result"
 
 
-TUNING, TRAINING = "tuning_{cell.tuning_seed}/", "student_{cell.student_seed}/"
+LOOP, TUNING, TRAINING = "loop_{cell.config.seed}/", "tuning_{cell.tuning_seed}/", "student_{cell.student_seed}/"
 SEEDED = {"pair": TUNING, "tune_teacher": TUNING, "train_student": TRAINING}
-"""Settings that may have a seed of the cell, and the folder of what is made with it."""
+"""Settings that may have a seed of the cell, and the folder of what is made with it. The first of several independent
+loops lies where a single one does, the others in LOOP."""
 
 DRAWN = ("random", "shuffled_labels")
 """Signals that are drawn, for every tuned teacher anew."""
@@ -61,6 +63,8 @@ class Cell:
     tuning_seed: int
     student_seed: int
     config: Config
+    repeats: bool = False
+    """Whether the loop is another one than the first: independent seeds have a loop each."""
 
 
 def run_comparison(config: Config) -> Run:
@@ -93,7 +97,9 @@ def stages_of_comparison(config: Config) -> list[Stage]:
 
 def _probed(config: Config, stages: list[Stage]) -> compare.Probed | None:
     """The original teacher's probing examples, if they were written as its fresh ones and are scored as the fresh ones
-    of all teachers will be."""
+    of all teachers will be; of independent loops each has its own, scored for its own warmed-up student."""
+    if _require_arms(config).seeds == "independent":
+        return None
     made = {stage.output: stage for stage in stages}
     scored = made.get(FIRST_INFLUENCE)
     if scored is None or FIRST_FRESH not in made or {FIRST_WARMED, FIRST_PROBING} - {*scored.inputs}:
@@ -122,11 +128,15 @@ def cells_of(config: Config) -> list[Cell]:
         ConfigError: as `stages_of_comparison`.
     """
     settings = _require_arms(config)
+    independent = settings.seeds == "independent"
     return [
-        Cell(name, tuning_seed, student_seed, _arm_config(config, name, tuning_seed, student_seed))
+        Cell(
+            name, tuning_seed, student_seed, _arm_config(config, name, tuning_seed, student_seed),
+            repeats=independent and tuning_seed != settings.tuning_seeds[0],
+        )
         for name in settings.arms
         for tuning_seed, student_seed in settings.seeds_of_cells
-    ]
+    ]  # fmt: skip
 
 
 def _require_arms(config: Config) -> Compare:
@@ -141,6 +151,8 @@ def _arm_config(config: Config, name: str, tuning_seed: int, student_seed: int) 
     for key, value in _require_arms(config).arms[name].items():
         set_dotted(tree, key, value)
     seeds = {"tune_teacher.seed": tuning_seed, "train_student.seed": student_seed}
+    if _require_arms(config).seeds == "independent":
+        seeds["seed"] = tuning_seed
     if tree["pair"]["signal"] in DRAWN:
         seeds["pair.seed"] = tuning_seed
     for key, value in seeds.items():
@@ -175,17 +187,20 @@ class _Shared:
         return lies
 
     def _placed(self, stage: Stage, cell: Cell, lies: dict[str, str]) -> Stage:
-        """The stage in a folder that says what sets it apart: nothing, its arm, or its arm and seeds."""
+        """The stage in a folder that says what sets it apart: nothing or its loop, its arm, or its arm and seeds."""
         inputs = tuple(lies[name] for name in stage.inputs)
         own = {
             folder
             for section, folder in SEEDED.items()
             if section in stage.settings and getattr(cell.config, section).seed is not None
         }
+        if cell.repeats and "seed" in stage.settings:
+            own.add(LOOP)
         seeds = frozenset(own).union(*(self._seeds[name] for name in inputs))
-        folder = f"arms/{cell.arm}/" + "".join(name.format(cell=cell) for name in (TUNING, TRAINING) if name in seeds)
-        if not seeds and stage.output not in self.stages:
-            folder = ""
+        folder = LOOP.format(cell=cell) if LOOP in seeds else ""
+        if seeds - {LOOP} or folder + stage.output in self.stages:
+            own_seeds = (name.format(cell=cell) for name in (TUNING, TRAINING) if name in seeds)
+            folder += f"arms/{cell.arm}/" + "".join(own_seeds)
         placed = replace(
             stage,
             name=folder + stage.name,
@@ -278,7 +293,10 @@ def _measured_together(
     settings = _require_arms(config)
     if probed is not None:
         data += (probed.influence,)
-    compared: Any = partial(compare.compare, cells=tuple(outputs), against=settings.against, probed=probed)
+    compared: Any = partial(
+        compare.compare, cells=tuple(outputs), against=settings.against, probed=probed,
+        independent=settings.seeds == "independent",
+    )  # fmt: skip
     return [
         Stage(
             name="compare/fresh_set", output="compare/fresh_set", body=compare.collect_fresh, schema=columns.EXAMPLES,

@@ -603,10 +603,12 @@ class Compare(Section):
     """Seeds of `tune_teacher.seed`: so many tuned teachers an arm."""
     student_seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     """Seeds of `train_student.seed`: so many students a teacher where seeds are crossed."""
-    seeds: Literal["crossed", "paired"] = "crossed"
+    seeds: Literal["crossed", "paired", "independent"] = "crossed"
     """`crossed` trains a student of every student seed on the data of every teacher; `paired` one student a teacher, of
     the student seed at the tuning seed's place: where teachers differ more than students of one teacher, as many
-    students of different teachers say more (docs/results.md)."""
+    students of different teachers say more (docs/results.md). `independent` pairs them too and repeats the whole loop:
+    the tuning seed is also the loop's `seed`, so that instructions, warm-up, pairs, teacher and student are drawn anew
+    and intervals hold for another run, not only for other teachers tuned on the same pairs."""
 
     @field_validator("arms", mode="before")
     @classmethod
@@ -629,17 +631,19 @@ class Compare(Section):
             if len(set(seeds)) < len(seeds):
                 raise ValueError(f"seeds {list(seeds)} are not all different: a repeated one says nothing new")
         tuning, student = len(self.tuning_seeds), len(self.student_seeds)
-        if self.seeds == "paired" and tuning != student:
+        if self.seeds != "crossed" and tuning != student:
             raise ValueError(
-                f"seeds are paired, but there are {tuning} tuning_seeds and {student} student_seeds: "
+                f"seeds are {self.seeds}, but there are {tuning} tuning_seeds and {student} student_seeds: "
                 "give as many of both"
             )
+        if self.seeds == "independent" and tuning < 2:
+            raise ValueError("seeds are independent, and one loop says nothing of another one: give two seeds or more")
         return self
 
     @property
     def seeds_of_cells(self) -> list[tuple[int, int]]:
         """A tuning and a student seed for each cell of an arm."""
-        join = zip if self.seeds == "paired" else product
+        join = product if self.seeds == "crossed" else zip
         return list(join(self.tuning_seeds, self.student_seeds))
 
 

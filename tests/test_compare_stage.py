@@ -116,6 +116,29 @@ def test_probing_examples_of_the_original_teacher_count_as_fresh(run: Run) -> No
     assert after["difference"] == pytest.approx(fmean([-0.5, -0.3, -0.4, 0.1]) - fmean([0.1, -0.1, 0.3]))
 
 
+def test_influences_of_independent_loops_are_compared_loop_by_loop(run: Run) -> None:
+    """Two loops whose original teachers differ by far: the change in each is what other loops would show, too."""
+    values = {"before/0": [1.0, 1.2], "before/1": [5.0, 5.2], "after/0": [0.5, 0.5], "after/1": [4.4, 4.6, 4.8]}
+    rows = [
+        {"example_id": f"{place}|{number}", "prompt_id": f"{place}|{number}", "influence": value}
+        for place, of_place in values.items()
+        for number, value in enumerate(of_place)
+    ]
+    put(run, "loops", rows, columns.INFLUENCE)
+    cells = [
+        replace(cell, tuning_seed=seed, fresh_set=f"{cell.arm}/{seed}")
+        for cell, seed in zip(CELLS, (0, 1, 0, 1), strict=True)
+    ]
+    told = context(run, "result", columns.COMPARISON, ("losses", "loops", "reference", "held_out"))
+    details = compare(told, cells=cells, against="before", independent=True)
+    before, after = (row for row in details["measures"] if row["measure"] == "fresh_influence")
+    assert after["difference"] == pytest.approx(fmean([0.5 - 1.1, 4.6 - 5.1]))
+    assert after["difference_se"] == pytest.approx(0.05)
+    assert after["high"] - after["difference"] == pytest.approx(12.706 * 0.05, rel=1e-3), "Student's t on 1 degree"
+    assert (before["models"], after["models"], after["count"]) == (2, 2, 5)
+    assert details["independent"]
+
+
 def test_students_of_one_teacher_stand_together() -> None:
     """An interval must see which students share a teacher; see `paired_difference`."""
     cells = [replace(CELLS[0], tuning_seed=seed) for seed in (3, 5, 3, 5)]

@@ -99,6 +99,49 @@ def test_paired_seeds_train_one_student_a_teacher_and_compare_student_with_stude
     assert (stages["tune_teacher"], stages["train_student"]) == (2 * 3, 3 + 2 * 3)
 
 
+def test_independent_seeds_repeat_the_loop_with_everything_drawn_anew_but_the_user_s_input() -> None:
+    config = comparison(tuning_seeds=(3, 5), student_seeds=(0, 1), seeds="independent")
+    seeds = [(cell.config.seed, cell.config.train_student.seed) for cell in cells_of(config) if cell.arm == "shuffled"]
+    assert seeds == [(3, 0), (5, 1)]
+    stages = stages_of_comparison(config)
+    by_output = {stage.output: stage for stage in stages}
+    assert {kind for kind, count in kinds(stages).items() if count == 1} == {
+        "seeds", "reference", "held_out", "teacher", "student", "score_fresh", "measure_students", "result",
+    }  # fmt: skip
+    assert kinds(stages)["score"] == kinds(stages)["warm_up"] == 2, "arms of a loop share them"
+    student = by_output["loop_5/arms/montessori/tuning_5/student_1/final/student"]
+    for stage in _made_for(student, by_output):
+        assert stage.name.startswith("inputs/") or stage.name.startswith("loop_5/")
+        assert stage.config is not None
+        assert stage.config.seed == 5 or "seed" not in stage.settings
+    first = by_output["iteration_00/influence"].config
+    assert first is not None
+    assert first.seed == 3, "the first loop lies where a single one does"
+    assert stages[-1].body.keywords["probed"] is None, "each loop's were scored for a warmed-up student of its own"
+    assert stages[-1].body.keywords["independent"]
+
+
+def _made_for(stage: Stage, by_output: dict[str, Stage]) -> list[Stage]:
+    """A stage and all that it is made from."""
+    return [stage, *(earlier for name in stage.inputs for earlier in _made_for(by_output[name], by_output))]
+
+
+def test_another_independent_loop_changes_no_name() -> None:
+    two, three = (
+        {
+            stage.output
+            for stage in stages_of_comparison(comparison(tuning_seeds=s, student_seeds=s, seeds="independent"))
+        }
+        for s in ((0, 1), (0, 1, 2))
+    )
+    assert two < three
+
+
+def test_one_loop_is_no_comparison_of_independent_ones() -> None:
+    with pytest.raises(ValueError, match="one loop says nothing of another one: give two seeds or more"):
+        comparison(seeds="independent")
+
+
 def test_paired_seeds_are_as_many_of_both_kinds() -> None:
     with pytest.raises(ValueError, match="seeds are paired, but there are 2 tuning_seeds and 1 student_seeds: give as"):
         comparison(tuning_seeds=(0, 1), seeds="paired")

@@ -75,6 +75,8 @@ class Arms:
     """The result of a comparison."""
 
     against: str
+    independent: bool
+    """Whether every seed had a loop of its own."""
     measures: list[Arm]
     data: list[Data]
 
@@ -116,7 +118,7 @@ def arms(source: Source) -> Arms | None:
         )
         for arm, told in details["data"].items()
     ]  # fmt: skip
-    return Arms(against=details["against"], measures=measures, data=data)
+    return Arms(against=details["against"], independent=details.get("independent", False), measures=measures, data=data)
 
 
 def sentences(found: Arms | None) -> list[Sentence]:
@@ -137,8 +139,7 @@ def section(found: Arms | None) -> Markup | None:
     drawn = [_forest(found, measure) for measure in MEASURES if any(arm.difference for arm in found.of(measure))]
     note = (
         f"All arms share everything but one choice; differences are from {named(found.against)}. Losses are paired by "
-        "row and seed, and their intervals hold for other rows and seeds; teachers write different texts, so "
-        "influences are not paired. Lower is better."
+        f"row and seed, and their intervals hold for other rows and seeds; {_said_of_influence(found)} Lower is better."
     )
     if found.of("fresh_influence_alone"):
         note += (
@@ -147,6 +148,15 @@ def section(found: Arms | None) -> Markup | None:
         )
     tables = [_table(found, measure) for measure in MEASURES if found.of(measure)]
     return join([paragraph(note, kind="note"), figures(*drawn), *tables, _by_category(found), _data(found.data)])
+
+
+def _said_of_influence(found: Arms) -> str:
+    if found.independent:
+        return (
+            "every seed has a loop of its own, with data, pairs and models drawn anew, and influences are compared loop "
+            "by loop, so that both intervals hold for other loops."
+        )
+    return "teachers write different texts, so influences are not paired."
 
 
 def named(arm: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -71,7 +71,12 @@ class Probed:
 
 
 def compare(
-    context: StageContext, *, cells: Sequence[CellOutputs], against: str, probed: Probed | None = None
+    context: StageContext,
+    *,
+    cells: Sequence[CellOutputs],
+    against: str,
+    probed: Probed | None = None,
+    independent: bool = False,
 ) -> dict[str, Any]:
     """One row for each arm and measure; the details hold the same and what the arms' data are like.
 
@@ -85,6 +90,8 @@ def compare(
         probed: counts as fresh, since nothing was chosen by it: the original teacher is compared with every tuned one,
             so what is known of it bounds what is known of any difference. Its prompts show earlier generations too,
             fresh ones seeds alone, so the same is told without it as well.
+        independent: whether every tuning seed has a loop of its own: then fresh influences are compared loop by loop,
+            and their interval holds for other loops.
     """
     context.output.discard_parts()
     by_arm: dict[str, list[CellOutputs]] = {}
@@ -105,13 +112,15 @@ def compare(
         for category, chosen in categories.items():
             row = _loss_row(arm, HELD_OUT, own, by_arm[against], losses[HELD_OUT], chosen)
             rows.append(row | {"category": category})
-        rows.append(_fresh_row(arm, "fresh_influence", own, by_arm[against], influence))
+        differ = _by_loop if independent else _by_prompt
+        rows.append(_fresh_row(arm, "fresh_influence", own, by_arm[against], influence, differ))
         if probed is not None:
-            rows.append(_fresh_row(arm, "fresh_influence_alone", own, by_arm[against], alone))
+            rows.append(_fresh_row(arm, "fresh_influence_alone", own, by_arm[against], alone, differ))
     context.append(rows)
     sample = _sample(context, cells)
     return {
         "against": against,
+        "independent": independent,
         "measures": rows,
         "data": {arm: _data(context, own, sample) for arm, own in by_arm.items()},
     }
@@ -162,19 +171,41 @@ def _by_seeds(cells: list[CellOutputs], losses: list[Any]) -> Any:
 
 
 def _fresh_row(
-    arm: str, measure: str, own: list[CellOutputs], other: list[CellOutputs], found: dict[str, Groups]
+    arm: str,
+    measure: str,
+    own: list[CellOutputs],
+    other: list[CellOutputs],
+    found: dict[str, Groups],
+    differ: Callable[[list[Groups], list[Groups]], Interval],
 ) -> dict[str, Any]:
-    """Mean influence of what an arm's teachers write afresh; different texts, so the difference is not paired."""
-    mine, theirs = ([group for name in _places(cells) for group in found[name]] for cells in (own, other))
-    difference = None if own is other else welch_difference(mine, theirs)
-    models = [grouped_mean(found[name]).mean for name in _places(own)]
-    return _row(arm, measure, grouped_mean(mine), sum(map(len, mine)), difference, models) | {
-        "share_helpful": fresh.share_helpful(mine)
+    """Mean influence of what an arm's teachers write afresh."""
+    mine, theirs = (_by_teacher(cells, found) for cells in (own, other))
+    difference = None if own is other else differ(mine, theirs)
+    together = _together(mine)
+    models = [grouped_mean(groups).mean for groups in mine]
+    return _row(arm, measure, grouped_mean(together), sum(map(len, together)), difference, models) | {
+        "share_helpful": fresh.share_helpful(together)
     }
 
 
-def _places(cells: list[CellOutputs]) -> list[str]:
-    return list(dict.fromkeys(cell.fresh_set for cell in cells))
+def _by_teacher(cells: list[CellOutputs], found: dict[str, Groups]) -> list[Groups]:
+    """Influences of each teacher of these cells, in their order."""
+    return [found[name] for name in dict.fromkeys(cell.fresh_set for cell in cells)]
+
+
+def _together(teachers: list[Groups]) -> Groups:
+    return [group for groups in teachers for group in groups]
+
+
+def _by_prompt(mine: list[Groups], theirs: list[Groups]) -> Interval:
+    """For other prompts of these teachers; their texts differ, so nothing is paired."""
+    return welch_difference(_together(mine), _together(theirs))
+
+
+def _by_loop(mine: list[Groups], theirs: list[Groups]) -> Interval:
+    """For other loops: the differences of the teachers' means in each are what is averaged."""
+    pairs = zip(mine, theirs, strict=True)
+    return mean_interval([grouped_mean(own).mean - grouped_mean(other).mean for own, other in pairs])
 
 
 def _row(
