@@ -76,8 +76,9 @@ SINGLE = ("score", "final/training_set", "final/score_fresh", "compare/score_fre
 
 
 def split_of(stage: Stage) -> str:
-    """`iteration_00`, `final`, `random_tuning_0_final` for an arm of a comparison; `train` for a stage of its own."""
-    place = stage.name.removeprefix("arms/").rpartition("/")[0]
+    """`iteration_00`, `final`, `random_tuning_0_final` for an arm of a comparison, `loop_1_random_tuning_1_final` of
+    another independent loop; `train` for a stage of its own."""
+    place = stage.name.replace("arms/", "").rpartition("/")[0]
     return "train" if stage.name in SINGLE else place.replace("/", "_")
 
 

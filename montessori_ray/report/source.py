@@ -68,5 +68,5 @@ def _folder(name: str) -> str:
 
 def arm_of(stage: str) -> str | None:
     """The arm of a comparison that a stage belongs to; None for what arms share, and outside of comparisons."""
-    parts = stage.split("/")
-    return parts[1].replace("_", " ") if parts[0] == ARMS else None
+    _, found, rest = f"/{stage}".partition(f"/{ARMS}/")
+    return rest.split("/")[0].replace("_", " ") if found else None

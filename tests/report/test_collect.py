@@ -278,6 +278,8 @@ def test_an_empty_run(tmp_path: Path) -> None:
             "shuffled labels, tuning 1, iteration 0",
             "shuffled labels",
         ),
+        ("loop_1/iteration_00/score", "loop 1, iteration 0", None),
+        ("loop_1/arms/montessori/tuning_1/final/responses", "loop 1, montessori, tuning 1, final", "montessori"),
     ],
 )
 def test_places(stage: str, said: str, arm: str | None) -> None:
