@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def run_benchmarks(
         What is in `output`.
 
     Raises:
-        ConfigError: the package is missing, or the harness has no such task, or it fixes the task's shots.
+        ConfigError: a package is missing, or the harness has no such task, or it fixes the task's shots.
         DataError: the data of a task cannot be had.
         ModelError: the backend cannot load the model.
         RunError: `output` holds results of another model, of what the folder held before, or of other settings.
@@ -63,7 +63,7 @@ def _begin(model: Path, settings: Benchmarks, output: Path) -> Results:
         "model": str(model.absolute()),
         "model_digest": model_digest(model, without=output),
         "settings": settings.model_dump(mode="json", exclude={"tasks"}),
-        "versions": {name: version(name) for name in ("lm_eval", "transformers", "torch")},
+        "versions": _versions(settings.backend),
     }
     if not output.exists():
         return made_by | {"tasks": {}}
@@ -75,6 +75,22 @@ def _begin(model: Path, settings: Benchmarks, output: Path) -> Results:
     if changed:
         raise RunError(f"{output} holds results of another {', '.join(changed)}: choose another output, or remove it")
     return results
+
+
+def _versions(backend: str) -> dict[str, str]:
+    """Of the packages that results come from.
+
+    Raises:
+        ConfigError: there is no package vllm for the backend of that name.
+    """
+    names = ("lm_eval", "transformers", "torch", *(["vllm"] if backend == "vllm" else []))
+    try:
+        return {name: version(name) for name in names}
+    except PackageNotFoundError as error:
+        raise ConfigError(
+            f"backend=vllm: there is no package {error.name} here (lm-evaluation-harness does not know its CPU builds, "
+            "which go by other names): take backend=hf, or a machine with vllm for GPUs"
+        ) from None
 
 
 def _task_manager(settings: Benchmarks, tasks: list[str]) -> Any:
@@ -95,11 +111,14 @@ def _task_manager(settings: Benchmarks, tasks: list[str]) -> Any:
 
 
 def _load_model(model: Path, settings: Benchmarks) -> Any:
+    import torch  # late: see _task_manager
     from lm_eval.api.registry import get_model
 
     if not (model / "config.json").is_file():
         raise ModelError(f"{model} is not a model directory: it has no config.json")
     arguments = {"pretrained": str(model), **settings.model_arguments}
+    if settings.backend == "hf" and not torch.cuda.is_available():
+        arguments = {"device": "cpu"} | arguments  # the harness would fail to find the GPU it takes for granted
     try:
         return get_model(settings.backend).create_from_arg_obj(arguments, {"batch_size": settings.batch_size})
     except (OSError, ValueError, TypeError, RuntimeError) as error:

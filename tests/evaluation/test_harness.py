@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def _from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings(**others: object) -> Benchmarks:
-    tree = {"tasks": {"words": 0}, "task_folder": str(TASKS), "batch_size": 4, "model_arguments": {"device": "cpu"}}
+    tree = {"tasks": {"words": 0}, "task_folder": str(TASKS), "batch_size": 4}
     return Benchmarks.model_validate(tree | others)
 
 
@@ -101,6 +102,13 @@ def test_a_model_that_cannot_be_loaded_is_said(model: Path, tmp_path: Path) -> N
         run_benchmarks(tmp_path, settings(), tmp_path / "results.json")
     with pytest.raises(ModelError, match=r"cannot load .* with .*no_such_argument"):
         run_benchmarks(model, settings(model_arguments={"no_such_argument": 1}), tmp_path / "results.json")
+
+
+@pytest.mark.skipif("vllm" in packages_distributions().get("vllm", []), reason="vllm for GPUs is installed")
+def test_vllm_as_a_backend_needs_the_package_of_that_name(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"backend=vllm: there is no package vllm here .*take backend=hf"):
+        run_benchmarks(model, settings(backend="vllm"), tmp_path / "results.json")
+    assert not (tmp_path / "results.json").exists()
 
 
 @pytest.mark.slow  # the index of all the harness's tasks
