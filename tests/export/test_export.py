@@ -18,6 +18,7 @@ from montessori_ray.errors import RunError
 from montessori_ray.export import tables
 from montessori_ray.export.cards import hub_name
 from montessori_ray.export.write import Exported, export_run, upload
+from tests.export.hub import serving_hub
 from tests.report.synthetic import HOSTILE, RunWriter, comparison_writer, loop_writer, scores_writer
 
 
@@ -172,6 +173,32 @@ def test_an_upload_that_fails_keeps_the_export(
     _, out = exported
     with pytest.raises(RunError, match=f"could not upload {out.folder} to me/mine: .*`hf upload me/mine {out.folder}"):
         upload(out, "me/mine")
+
+
+def test_datasets_and_models_go_to_private_repositories_of_their_own(
+    exported: tuple[RunWriter, Exported], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, out = exported
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    with serving_hub() as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.address)
+        urls = upload(out, "me/mine")
+    assert len(urls) == 1 + len(out.models)
+    assert all(url.startswith(hub.address) for url in urls)
+    assert [told["visibility"] for told in hub.created] == ["private"] * len(urls)
+    sent = {name: {path: len(content) for path, content in files.items()} for name, files in hub.files.items()}
+    folders = {"datasets/me/mine": out.folder}
+    folders |= {f"models/me/mine-{name}": out.folder / "models" / name for name in out.models}
+    assert sent == {
+        name: {
+            path.relative_to(folder).as_posix(): path.stat().st_size
+            for path in folder.rglob("*")
+            if path.is_file() and (folder != out.folder or "models" not in path.relative_to(folder).parts)
+        }
+        for name, folder in folders.items()
+    }  # fmt: skip
+    assert hub.files["datasets/me/mine"]["README.md"] == (out.folder / "README.md").read_bytes()
 
 
 @pytest.mark.parametrize(
