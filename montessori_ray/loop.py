@@ -418,6 +418,7 @@ def run_stages(config: AnySettings, stages: Sequence[Stage], chosen: Sequence[St
         UserError: as `run_loop`.
     """
     with Session(config) as session:
+        session.console.make_room(chosen)
         check_run(stages, config, session.run)
         require_keys(chosen, config, session.run)
         session.write_config()

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 LOG_SECONDS = 15.0
 NAME_WIDTH = 32
+"""Columns for a stage's name, at least."""
+SAID_WIDTH = 48
+"""Columns for what is said of a stage beside its name: where a terminal is narrow, long names give way."""
 PIPE_WIDTH = 200
 
 
@@ -45,6 +48,12 @@ class Console:
         self._live: Live | None = None
         self._last_log = 0.0
         self._began = 0.0
+        self._name_width = NAME_WIDTH
+
+    def make_room(self, stages: Sequence[Stage]) -> None:
+        """Align what is said of these stages, as far as the terminal is wide enough for their names."""
+        longest = max((len(stage.name) for stage in stages), default=0)
+        self._name_width = max(NAME_WIDTH, min(longest, self.rich.width - SAID_WIDTH))
 
     def note(self, sentence: str) -> None:
         """A sentence the user should see."""
@@ -54,12 +63,12 @@ class Console:
         """A stage begins."""
         self._began = self._last_log = time.monotonic()
         if self.rich.is_terminal:
-            self._live = Live(Text(f"  {stage:<{NAME_WIDTH}} starting"), console=self.rich, transient=True)
+            self._live = Live(Text(f"  {stage:<{self._name_width}} starting"), console=self.rich, transient=True)
             self._live.start()
 
     def progress(self, stage: str, progress: Progress, rate: float | None) -> None:
         """The stage's progress, on the live line or now and then as a plain one."""
-        line = Text(f"  {stage:<{NAME_WIDTH}} {say_progress(progress, rate, time.monotonic() - self._began)}")
+        line = Text(f"  {stage:<{self._name_width}} {say_progress(progress, rate, time.monotonic() - self._began)}")
         if self._live is not None:
             self._live.update(line)
         elif time.monotonic() - self._last_log >= LOG_SECONDS:
@@ -74,11 +83,11 @@ class Console:
 
     def finished(self, stage: str, manifest: Manifest) -> None:
         """A stage's output is committed."""
-        self.rich.print(Text.assemble(("✓ ", "green"), f"{stage:<{NAME_WIDTH}} {_said(manifest)}"))
+        self.rich.print(Text.assemble(("✓ ", "green"), f"{stage:<{self._name_width}} {_said(manifest)}"))
 
     def skipped(self, stage: str, manifest: Manifest) -> None:
         """A stage's output was there already."""
-        self.rich.print(Text.assemble(("= ", "cyan"), (f"{stage:<{NAME_WIDTH}} {_said(manifest)}, kept", "dim")))
+        self.rich.print(Text.assemble(("= ", "cyan"), (f"{stage:<{self._name_width}} {_said(manifest)}, kept", "dim")))
 
     def summary(self, run: Run, stages: Sequence[Stage], report: str | None = None) -> None:
         """The stages with rows, time and memory; then the result, if the run has one, and where its report is."""

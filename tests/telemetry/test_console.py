@@ -162,6 +162,20 @@ def test_lines_of_finished_and_kept_stages(monkeypatch: pytest.MonkeyPatch) -> N
     ]
 
 
+def test_long_names_of_a_comparison_keep_the_columns_where_the_terminal_is_wide(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    console, buffer = make_console(monkeypatch)
+    names = ["inputs/seeds", "arms/montessori/tuning_0/student_0/final/train_student"]
+    for width, expected in ((120, len(names[1])), (80, 32)):
+        console.rich.width = width
+        console.make_room([stage(name) for name in names])
+        for name in names:
+            console.finished(name, manifest(rows=9))
+        shown = buffer.getvalue().splitlines()[-2:]
+        assert shown == [f"\u2713 {name:<{expected}} {'9 rows':>12} {'1:01':>8}" for name in names]
+
+
 def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     console, buffer = make_console(monkeypatch)
     console.started("score")
