@@ -175,7 +175,9 @@ def test_a_model_outside_of_the_run_that_became_another(tmp_path: Path, tiny_mod
     weights.touch()
     assert "99" in refused(tmp_path / "run", *line), "the same content at another time"
     weights.write_bytes(weights.read_bytes()[:-1] + b"@")
-    assert f"{folder}, which is inputs/teacher of this run, is not the model" in refused(tmp_path / "run", *line)
+    assert f"{folder}, which is inputs/teacher of this run, is not what the run began with" in refused(
+        tmp_path / "run", *line
+    )
 
 
 def test_more_than_the_machine_has(tmp_path: Path) -> None:

@@ -11,8 +11,12 @@ from typer.testing import CliRunner
 from montessori_ray.artifacts.storage import Storage
 from montessori_ray.cli import app
 from montessori_ray.config import score_settings
+from montessori_ray.errors import ConfigError
+from montessori_ray.influence.update import AdamW
+from montessori_ray.session import Session
 from montessori_ray.telemetry.console import influence_tables
 from montessori_ray.telemetry.events import EventLog
+from montessori_ray.training.student_state import OPTIMIZER_JSON
 
 ROWS = [
     {"instruction": "Name a prime number.", "response": "Seven is a prime number."},
@@ -66,6 +70,31 @@ def test_a_student_without_moments_must_be_given_some_or_a_rate(files: dict[str,
     assert "has no optimizer.json, so the student was not warmed up" in words
     assert "data.warm_up" in words
     assert "score.learning_rate" in words
+
+
+def save_rule(folder: Path, learning_rate: float) -> None:
+    fields = {name: getattr(AdamW.fresh(learning_rate), name) for name in AdamW.__slots__}
+    (folder / OPTIMIZER_JSON).write_text(json.dumps(fields), encoding="utf-8")
+
+
+def test_an_optimizer_state_that_changes_between_sessions_is_refused(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows would come from two states; the same content at a later time is the same state."""
+
+    def interrupted(_: Session) -> None:
+        raise ConfigError("no cluster today")
+
+    monkeypatch.setattr(Session, "connect", interrupted)
+    state = tmp_path / "state"
+    state.mkdir()
+    save_rule(state, learning_rate=1e-3)
+    arguments = command(files, "--optimizer-state", str(state))
+    for _ in range(2):
+        assert "no cluster today" in said(arguments)
+        (state / OPTIMIZER_JSON).touch()
+    save_rule(state, learning_rate=2e-3)
+    assert "state, which is the optimizer state of inputs/student, is not what the run began with" in said(arguments)
 
 
 def test_status_says_how_far_scoring_is_and_with_how_many_groups(tmp_path: Path) -> None:
