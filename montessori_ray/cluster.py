@@ -6,11 +6,15 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import psutil
 import ray
+import ray._common.utils
+import ray._private.thirdparty.pynvml
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -18,9 +22,10 @@ from montessori_ray.config import Cluster
 from montessori_ray.errors import ResourceError
 
 Bundle = dict[str, float]
+Answer = TypeVar("Answer")
 
 LOOK_TIMEOUT_S = 60.0
-"""Seconds in which a node must have started a process that looks for files."""
+"""Seconds in which a node must have started a process that looks for files or memory."""
 
 
 def address_of(cluster: Cluster) -> str | None:
@@ -85,14 +90,58 @@ def cluster_nodes() -> list[Bundle]:
 
 
 def unseen(paths: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Addresses of the nodes that lack some of the paths, each with what it lacks.
+    """Addresses of the nodes that lack some of the paths, each with what it lacks."""
+    found = _asked_of_nodes(_missing, list(paths))
+    return [(address, missing) for address, missing in found if missing]
+
+
+def _missing(paths: list[str]) -> list[str]:
+    return [path for path in paths if not os.path.exists(path)]
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a node has, in GB."""
+
+    host: float
+    """Of the machine, or of the container a node is."""
+    gpu: float | None
+    """Of its largest GPU; None without NVIDIA's."""
+
+
+def memory_of(nodes: Sequence[Bundle]) -> list[Memory]:
+    """Memory of the connected cluster's nodes; where there is one, this is it."""
+    if len(nodes) < 2:
+        return [_memory()]
+    return [memory for _, memory in _asked_of_nodes(_memory)]
+
+
+def _memory() -> Memory:
+    return Memory(host=ray._common.utils.get_system_memory() / 1e9, gpu=_largest_gpu())
+
+
+def _largest_gpu() -> float | None:
+    nvml = ray._private.thirdparty.pynvml
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError:
+        return None
+    try:
+        handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+        return max((nvml.nvmlDeviceGetMemoryInfo(handle).total / 1e9 for handle in handles), default=None)
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _asked_of_nodes(function: Callable[..., Answer], *arguments: Any) -> list[tuple[str, Answer]]:
+    """What a function returns on every node, beside the node's address.
 
     A node that is lost meanwhile, or has not answered in `LOOK_TIMEOUT_S`, is left out.
     """
-    look = ray.remote(num_cpus=0)(_missing)
+    look = ray.remote(num_cpus=0)(function)
     looks = {
         look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-            list(paths)
+            *arguments
         ): node["NodeManagerAddress"]
         for node in ray.nodes()
         if node["Alive"]
@@ -102,11 +151,7 @@ def unseen(paths: Sequence[str]) -> list[tuple[str, list[str]]]:
     for ref in answered:
         with suppress(RayError):
             found.append((looks[ref], ray.get(ref)))
-    return [(address, missing) for address, missing in found if missing]
-
-
-def _missing(paths: list[str]) -> list[str]:
-    return [path for path in paths if not os.path.exists(path)]
+    return found
 
 
 def free_nodes() -> list[Bundle]:

