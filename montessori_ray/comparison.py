@@ -46,10 +46,12 @@ MEASURED_TOGETHER = ("score_fresh", "evaluate")
 RESULT = "compare/result"
 
 
-LOOP, TUNING, TRAINING = "loop_{cell.config.seed}/", "tuning_{cell.tuning_seed}/", "student_{cell.student_seed}/"
+TUNING, TRAINING = "tuning_{cell.tuning_seed}/", "student_{cell.student_seed}/"
 SEEDED = {"pair": TUNING, "tune_teacher": TUNING, "train_student": TRAINING}
-"""Settings that may have a seed of the cell, and the folder of what is made with it. The first of several independent
-loops lies where a single one does, the others in LOOP."""
+"""Settings that may have a seed of the cell, and the folder of what is made with it."""
+
+LOOP = "loop_"
+"""Begins the folder of an independent loop, which its seed ends; the first one lies where a single one does."""
 
 DRAWN = ("random", "shuffled_labels")
 """Signals that are drawn, for every tuned teacher anew."""
@@ -63,8 +65,8 @@ class Cell:
     tuning_seed: int
     student_seed: int
     config: Config
-    repeats: bool = False
-    """Whether the loop is another one than the first: independent seeds have a loop each."""
+    loop: str = ""
+    """Folder of its loop, where independent seeds have one each."""
 
 
 def run_comparison(config: Config) -> Run:
@@ -92,22 +94,28 @@ def stages_of_comparison(config: Config) -> list[Stage]:
     outputs = [_outputs_of(cell, shared.place(cell)) for cell in cells_of(config)]
     outputs.sort(key=lambda cell: cell.arm != _require_arms(config).against)
     stages = _needed(shared.stages.values(), _measured_together(config, outputs))
-    return [*_by_teacher(stages), *_measured_together(config, outputs, _probed(config, stages))]
-
-
-def _probed(config: Config, stages: list[Stage]) -> compare.Probed | None:
-    """The original teacher's probing examples, if they were written as its fresh ones and are scored as the fresh ones
-    of all teachers will be; of independent loops each has its own, scored for its own warmed-up student."""
-    if _require_arms(config).seeds == "independent":
-        return None
     made = {stage.output: stage for stage in stages}
-    scored = made.get(FIRST_INFLUENCE)
-    if scored is None or FIRST_FRESH not in made or {FIRST_WARMED, FIRST_PROBING} - {*scored.inputs}:
+    probed = (_probed(config, made, loop) for loop in _loops(outputs))
+    return [*_by_teacher(stages), *_measured_together(config, outputs, tuple(filter(None, probed)))]
+
+
+def _loops(outputs: list[compare.CellOutputs]) -> list[str]:
+    return list(dict.fromkeys(cell.loop for cell in outputs))
+
+
+def _probed(config: Config, made: dict[str, Stage], loop: str) -> compare.Probed | None:
+    """The original teacher's probing examples of a loop, if they were written as its fresh ones and are scored as the
+    fresh ones of the loop's teachers will be."""
+    influence, warmed, probing, fresh = (
+        loop + name for name in (FIRST_INFLUENCE, FIRST_WARMED, FIRST_PROBING, FIRST_FRESH)
+    )
+    scored = made.get(influence)
+    if scored is None or fresh not in made or {warmed, probing} - {*scored.inputs}:
         return None  # an arm that tunes responses, for one, scores several answers to one instruction
     alike = content_settings(scored.config or config, scored.settings) == content_settings(config, scored.settings)
-    if not alike or _written(FIRST_PROBING, made) != _written(FIRST_FRESH, made):
+    if not alike or _written(probing, made) != _written(fresh, made):
         return None
-    return compare.Probed(influence=FIRST_INFLUENCE, fresh_set=FIRST_FRESH)
+    return compare.Probed(influence=influence, fresh_set=fresh)
 
 
 def _written(examples: str, made: dict[str, Stage]) -> list[Any]:
@@ -132,7 +140,7 @@ def cells_of(config: Config) -> list[Cell]:
     return [
         Cell(
             name, tuning_seed, student_seed, _arm_config(config, name, tuning_seed, student_seed),
-            repeats=independent and tuning_seed != settings.tuning_seeds[0],
+            loop=f"{LOOP}{tuning_seed}/" if independent and tuning_seed != settings.tuning_seeds[0] else "",
         )
         for name in settings.arms
         for tuning_seed, student_seed in settings.seeds_of_cells
@@ -194,10 +202,10 @@ class _Shared:
             for section, folder in SEEDED.items()
             if section in stage.settings and getattr(cell.config, section).seed is not None
         }
-        if cell.repeats and "seed" in stage.settings:
+        if cell.loop and "seed" in stage.settings:
             own.add(LOOP)
         seeds = frozenset(own).union(*(self._seeds[name] for name in inputs))
-        folder = LOOP.format(cell=cell) if LOOP in seeds else ""
+        folder = cell.loop if LOOP in seeds else ""
         if seeds - {LOOP} or folder + stage.output in self.stages:
             own_seeds = (name.format(cell=cell) for name in (TUNING, TRAINING) if name in seeds)
             folder += f"arms/{cell.arm}/" + "".join(own_seeds)
@@ -268,6 +276,7 @@ def _outputs_of(cell: Cell, lies: dict[str, str]) -> compare.CellOutputs:
     return compare.CellOutputs(
         arm=cell.arm,
         tuning_seed=cell.tuning_seed,
+        loop=cell.loop,
         fresh_instructions=lies[f"{name}/fresh_instructions"],
         fresh_responses=lies[f"{name}/fresh_responses"],
         fresh_set=lies[f"{name}/fresh_set"],
@@ -277,43 +286,53 @@ def _outputs_of(cell: Cell, lies: dict[str, str]) -> compare.CellOutputs:
 
 
 def _measured_together(
-    config: Config, outputs: list[compare.CellOutputs], probed: compare.Probed | None = None
+    config: Config, outputs: list[compare.CellOutputs], probed: tuple[compare.Probed, ...] = ()
 ) -> list[Stage]:
     """Losses of all students, influence of what all teachers write afresh, and the differences between the arms."""
 
     def distinct(artifacts: Iterator[str]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(artifacts))
 
-    fresh_sets = distinct(cell.fresh_set for cell in outputs)
     students = distinct(cell.student for cell in outputs)
     data = distinct(
         artifact for cell in outputs for artifact in (cell.fresh_instructions, cell.fresh_responses, cell.training_set)
     )
-    worker = config.score.worker.bundle
     settings = _require_arms(config)
-    if probed is not None:
-        data += (probed.influence,)
+    fresh = [stage for loop in _loops(outputs) for stage in _fresh_of(config, outputs, loop)]
+    influences = tuple(stage.output for stage in fresh if stage.kind == "score_fresh")
     compared: Any = partial(
         compare.compare, cells=tuple(outputs), against=settings.against, probed=probed,
         independent=settings.seeds == "independent",
     )  # fmt: skip
     return [
-        Stage(
-            name="compare/fresh_set", output="compare/fresh_set", body=compare.collect_fresh, schema=columns.EXAMPLES,
-            inputs=fresh_sets, rows=config.evaluate.fresh * len(fresh_sets),
-        ),
-        Stage(
-            name="compare/score_fresh", output="compare/fresh_influence", body=score.score, schema=columns.INFLUENCE,
-            inputs=(FIRST_WARMED, REFERENCE, "compare/fresh_set"), settings=("score", *STUDENT_KEYS),
-            bundles=score_bundles(config), rows=config.evaluate.fresh * len(fresh_sets),
-        ),
+        *fresh,
         Stage(
             name="compare/measure_students", output="compare/losses", body=compare.measure_students,
             schema=columns.LOSSES, inputs=(REFERENCE, HELD_OUT, STUDENT, *students), settings=STUDENT_KEYS,
-            bundles=(worker,),
+            bundles=(config.score.worker.bundle,),
         ),
         Stage(
-            name=RESULT, output=RESULT, body=compared, schema=columns.COMPARISON,
-            inputs=("compare/losses", "compare/fresh_influence", REFERENCE, HELD_OUT, *data), settings=("compare",),
+            name=RESULT, output=RESULT, body=compared, schema=columns.COMPARISON, settings=("compare",),
+            inputs=(
+                "compare/losses", REFERENCE, HELD_OUT, *influences, *data, *(found.influence for found in probed),
+            ),
+        ),
+    ]  # fmt: skip
+
+
+def _fresh_of(config: Config, outputs: list[compare.CellOutputs], loop: str) -> list[Stage]:
+    """Influence of what a loop's teachers write afresh on the loop's warmed student."""
+    fresh_sets = tuple(dict.fromkeys(cell.fresh_set for cell in outputs if cell.loop == loop))
+    rows = config.evaluate.fresh * len(fresh_sets)
+    together = f"{loop}compare/fresh_set"
+    return [
+        Stage(
+            name=together, output=together, body=compare.collect_fresh, schema=columns.EXAMPLES, inputs=fresh_sets,
+            rows=rows,
+        ),
+        Stage(
+            name=f"{loop}compare/score_fresh", output=f"{loop}{compare.FRESH_INFLUENCE}", body=score.score,
+            schema=columns.INFLUENCE, inputs=(loop + FIRST_WARMED, REFERENCE, together),
+            settings=("score", *STUDENT_KEYS), bundles=score_bundles(config), rows=rows,
         ),
     ]  # fmt: skip

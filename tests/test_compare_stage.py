@@ -22,12 +22,13 @@ from montessori_ray.telemetry.progress import ProgressChannel
 QUICKSTART = Path(__file__).parents[1] / "configs/quickstart.yaml"
 CELLS = [
     CellOutputs(
-        arm=arm, tuning_seed=0, fresh_instructions=f"{arm}/instructions", fresh_responses=f"{arm}/responses",
+        arm=arm, tuning_seed=0, loop="", fresh_instructions=f"{arm}/instructions", fresh_responses=f"{arm}/responses",
         fresh_set=f"{arm}/fresh_set", training_set=f"{arm}/training_set", student=f"{arm}/{seed}/student",
     )
     for arm in ("before", "after")
     for seed in (0, 1)
 ]  # fmt: skip
+INPUTS = ("losses", "reference", "held_out", "compare/fresh_influence")
 LOSSES = {"before/0/student": [2.0, 4.0, 3.0], "before/1/student": [2.2, 4.2, 3.2]}
 LOSSES |= {"after/0/student": [1.0, 3.5, 2.9], "after/1/student": [1.4, 3.3, 2.7]}
 INFLUENCE = {"before": [0.1, -0.1, 0.3, None], "after": [-0.5, -0.3, -0.4, 0.1]}
@@ -63,7 +64,7 @@ def run(tmp_path: Path) -> Run:
         for arm, values in INFLUENCE.items()
         for number, value in enumerate(values)
     ]
-    put(run, "influence", influence, columns.INFLUENCE)
+    put(run, "compare/fresh_influence", influence, columns.INFLUENCE)
     for name in ("reference", "held_out"):
         rows = [{"instruction": "Name a river.", "category": category} for category in ("facts", "facts", "lists")]
         put(run, name, rows, columns.INPUT_ROWS)
@@ -77,7 +78,7 @@ def run(tmp_path: Path) -> Run:
 
 
 def test_differences_are_paired_by_seed_and_row(run: Run) -> None:
-    told = context(run, "result", columns.COMPARISON, ("losses", "influence", "reference", "held_out"))
+    told = context(run, "result", columns.COMPARISON, INPUTS)
     details = compare(told, cells=CELLS, against="before")
     rows = {(row["arm"], row["measure"]): row for row in details["measures"] if row["category"] is None}
     expected = fmean(
@@ -105,8 +106,8 @@ def test_probing_examples_of_the_original_teacher_count_as_fresh(run: Run) -> No
     probing = [{"example_id": f"p-{number}", "prompt_id": "p", "influence": value} for number, value in enumerate(
         [0.5, 0.7, None])]  # fmt: skip
     put(run, "probed", probing, columns.INFLUENCE)
-    told = context(run, "result", columns.COMPARISON, ("losses", "influence", "reference", "held_out"))
-    details = compare(told, cells=CELLS, against="before", probed=Probed("probed", "before/fresh_set"))
+    told = context(run, "result", columns.COMPARISON, INPUTS)
+    details = compare(told, cells=CELLS, against="before", probed=[Probed("probed", "before/fresh_set")])
     before, after = (row for row in details["measures"] if row["measure"] == "fresh_influence")
     assert (before["count"], after["count"]) == (3 + 2, 4)
     assert before["value"] == pytest.approx(fmean([0.1, -0.1, 0.3, 0.5, 0.7]))
@@ -119,17 +120,19 @@ def test_probing_examples_of_the_original_teacher_count_as_fresh(run: Run) -> No
 def test_influences_of_independent_loops_are_compared_loop_by_loop(run: Run) -> None:
     """Two loops whose original teachers differ by far: the change in each is what other loops would show, too."""
     values = {"before/0": [1.0, 1.2], "before/1": [5.0, 5.2], "after/0": [0.5, 0.5], "after/1": [4.4, 4.6, 4.8]}
-    rows = [
-        {"example_id": f"{place}|{number}", "prompt_id": f"{place}|{number}", "influence": value}
-        for place, of_place in values.items()
-        for number, value in enumerate(of_place)
-    ]
-    put(run, "loops", rows, columns.INFLUENCE)
+    for seed, loop in ((0, "x/"), (1, "loop_1/")):
+        rows = [
+            {"example_id": f"{place}|{number}", "prompt_id": f"{place}|{number}", "influence": value}
+            for place, of_place in values.items()
+            if place.endswith(str(seed))
+            for number, value in enumerate(of_place)
+        ]
+        put(run, f"{loop}compare/fresh_influence", rows, columns.INFLUENCE)
     cells = [
-        replace(cell, tuning_seed=seed, fresh_set=f"{cell.arm}/{seed}")
+        replace(cell, tuning_seed=seed, fresh_set=f"{cell.arm}/{seed}", loop=("x/", "loop_1/")[seed])
         for cell, seed in zip(CELLS, (0, 1, 0, 1), strict=True)
     ]
-    told = context(run, "result", columns.COMPARISON, ("losses", "loops", "reference", "held_out"))
+    told = context(run, "result", columns.COMPARISON, INPUTS)
     details = compare(told, cells=cells, against="before", independent=True)
     before, after = (row for row in details["measures"] if row["measure"] == "fresh_influence")
     assert after["difference"] == pytest.approx(fmean([0.5 - 1.1, 4.6 - 5.1]))
@@ -147,7 +150,7 @@ def test_students_of_one_teacher_stand_together() -> None:
 
 
 def test_data_of_each_arm(run: Run) -> None:
-    told = context(run, "result", columns.COMPARISON, ("losses", "influence", "reference", "held_out"))
+    told = context(run, "result", columns.COMPARISON, INPUTS)
     data = compare(told, cells=CELLS, against="before")["data"]["after"]
     assert (data["training_rows"], data["training_tokens"]) == ([1], [11])
     assert data["fresh"]["duplicate_rate"] == 0.25
@@ -164,7 +167,7 @@ def test_variety_is_of_each_teacher_on_as_many_texts_as_every_one_has(run: Run) 
         replace(CELLS[2 + number], tuning_seed=number, fresh_instructions=f"teacher_{number}") for number in (0, 1)
     ]
     cells = [*(replace(cell, tuning_seed=number) for number, cell in enumerate(CELLS[:2])), *tuned]
-    told = context(run, "result", columns.COMPARISON, ("losses", "influence", "reference", "held_out"))
+    told = context(run, "result", columns.COMPARISON, INPUTS)
     data = compare(told, cells=cells, against="before")["data"]
     assert [data[arm]["fresh"]["instructions"]["sampled"] for arm in ("before", "after")] == [3, 3]
     assert data["after"]["fresh"]["instructions"]["self_rouge_l"] == 0

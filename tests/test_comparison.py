@@ -106,7 +106,7 @@ def test_independent_seeds_repeat_the_loop_with_everything_drawn_anew_but_the_us
     stages = stages_of_comparison(config)
     by_output = {stage.output: stage for stage in stages}
     assert {kind for kind, count in kinds(stages).items() if count == 1} == {
-        "seeds", "reference", "held_out", "teacher", "student", "score_fresh", "measure_students", "result",
+        "seeds", "reference", "held_out", "teacher", "student", "measure_students", "result",
     }  # fmt: skip
     assert kinds(stages)["score"] == kinds(stages)["warm_up"] == 2, "arms of a loop share them"
     student = by_output["loop_5/arms/montessori/tuning_5/student_1/final/student"]
@@ -117,8 +117,14 @@ def test_independent_seeds_repeat_the_loop_with_everything_drawn_anew_but_the_us
     first = by_output["iteration_00/influence"].config
     assert first is not None
     assert first.seed == 3, "the first loop lies where a single one does"
-    assert stages[-1].body.keywords["probed"] is None, "each loop's were scored for a warmed-up student of its own"
-    assert stages[-1].body.keywords["independent"]
+    scored = by_output["loop_5/compare/fresh_influence"].inputs
+    assert scored == ("loop_5/iteration_00/warmed_student", "inputs/reference", "loop_5/compare/fresh_set")
+    fresh_sets = by_output["loop_5/compare/fresh_set"].inputs
+    assert len(fresh_sets) == 3
+    assert all(name.startswith("loop_5/") for name in fresh_sets)
+    told = stages[-1].body.keywords
+    assert [found.influence for found in told["probed"]] == ["iteration_00/influence", "loop_5/iteration_00/influence"]
+    assert told["independent"]
 
 
 def _made_for(stage: Stage, by_output: dict[str, Stage]) -> list[Stage]:
@@ -151,8 +157,8 @@ def test_probing_examples_count_as_fresh_only_where_they_are_scored_alike() -> N
     def probed(arms: dict[str, Any]) -> Any:
         result = stages_of_comparison(comparison(arms))[-1]
         found = result.body.keywords["probed"]
-        assert (found is not None) == ("iteration_00/influence" in result.inputs)
-        return found
+        assert [one.influence for one in found] == [name for name in result.inputs if name == "iteration_00/influence"]
+        return found[0] if found else None
 
     assert probed(ARMS).fresh_set == "iteration_00/fresh_set"
     original = {"self_instruct": ARMS["self_instruct"]}

@@ -153,8 +153,8 @@ def section(found: Arms | None) -> Markup | None:
 def _said_of_influence(found: Arms) -> str:
     if found.independent:
         return (
-            "every seed has a loop of its own, with data, pairs and models drawn anew, and influences are compared "
-            "loop by loop, so that both intervals hold for other loops."
+            "every seed has a loop of its own, with data, pairs and models drawn anew, and influences, measured on the "
+            "loop's warmed student, are compared loop by loop, so that both intervals hold for other loops."
         )
     return "teachers write different texts, so influences are not paired."
 

@@ -10,7 +10,7 @@ from montessori_ray.report import plots
 from montessori_ray.report.collect import Report
 from montessori_ray.report.html import details, figure, figures, join, paragraph, subtitle, table
 from montessori_ray.report.page_results import INFLUENCE, influence_scale
-from montessori_ray.report.scores import FRESH, Example, Examples, Influence, Pairs
+from montessori_ray.report.scores import Example, Examples, Influence, Pairs
 from montessori_ray.report.words import NONE, Scale, count, number, percent
 
 UNPAIRED = {
@@ -43,7 +43,7 @@ def influence(report: Report) -> Markup | None:
         "measured on examples that were scored a second time, exactly and in float32."
     )
     measured = [entry for entry in report.influences if len(entry.rechecked) > 1 and entry.recheck]
-    drawn = [_histogram(entry, scale) for entry in report.influences if entry.place != FRESH]
+    drawn = [_histogram(entry, scale) for entry in report.influences if not entry.fresh]
     drawn += [_agreement(entry, scale) for entry in measured]
     return join(
         [
@@ -68,7 +68,7 @@ def _histogram(entry: Influence, scale: Scale) -> Markup:
         caption += f" Bars are pale within the noise of a score, ± {said_noise}."
     elif noise:
         caption += f" The noise of a score, {said_noise}, is too little to be seen here."
-    title = f"Influence, {_of(entry.place)}"
+    title = f"Influence, {_of(entry)}"
     plot = plots.histogram(
         f"influence-{_id(entry)}", title, entry.edges, entry.counts, xlabel=INFLUENCE, ylabel="examples", scale=scale,
         noise=noise, error=error,
@@ -88,7 +88,7 @@ def _agreements(measured: list[Influence]) -> Markup:
 
 
 def _agreement(entry: Influence, scale: Scale) -> Markup:
-    title = f"Scored by {entry.estimator}, and again, {_of(entry.place)}"
+    title = f"Scored by {entry.estimator}, and again, {_of(entry)}"
     plot = plots.scatter(
         f"agreement-{_id(entry)}", title, entry.rechecked, xlabel="influence", ylabel="scored again",
         scale=scale, noise=entry.noise or 0.0,
@@ -101,15 +101,18 @@ def _agreement(entry: Influence, scale: Scale) -> Markup:
 
 def _remarks(entry: Influence) -> Iterable[str]:
     """What influence was measured from, and which examples have none."""
-    if len(entry.baselines) == 2 and entry.place != FRESH:  # the first iteration's again
+    if len(entry.baselines) == 2 and not entry.fresh:  # the first iteration's again
         warmed, null_step = (number(entry.baselines[name], digits=4) for name in ("warmed_loss", "null_step_loss"))
         yield f"{entry.name}: the warmed student's reference loss is {warmed}, after a null step {null_step}."
     for reason, amount in entry.quarantined.items():
         yield f"{entry.name}: {count(amount, 'example')} without a score ({reason})."
 
 
-def _of(where: str) -> str:
-    return {FRESH: "fresh instructions of all teachers", "": "all examples"}.get(where, where)
+def _of(entry: Influence) -> str:
+    if not entry.fresh:
+        return entry.place or "all examples"
+    loop, _, _ = entry.place.rpartition(", ")  # what is left is where it was measured: at the end, or in a comparison
+    return ", ".join(filter(None, [loop, "fresh instructions of all teachers"]))
 
 
 def _id(entry: Influence) -> str:

@@ -24,9 +24,6 @@ MAX_RECHECKED = 500
 MAX_CHARACTERS = 1000
 """Of a text in a table; a longer one is cut."""
 
-FRESH = "fresh"
-"""Place of the influence of fresh instructions, which all teachers wrote."""
-
 _TAIL = 0.002
 """Share of the scores at either end that an axis may leave to its outermost bins."""
 
@@ -38,6 +35,8 @@ class Influence:
     name: str
     """Name of the stage, e.g. `iteration_00/score`."""
     place: str
+    fresh: bool
+    """Whether it is of fresh instructions, which all teachers of a loop wrote."""
     estimator: str
     mean: Mean
     share_helpful: float
@@ -141,7 +140,8 @@ def _influence(stage: Stage, details: dict[str, Any], artifact: Artifact) -> Inf
     recheck = details.get("recheck")
     return Influence(
         name=stage.name,
-        place=FRESH if stage.kind == "score_fresh" else place(stage.name),
+        place=place(stage.name),
+        fresh=stage.kind == "score_fresh",
         estimator=estimator,
         mean=mean_of(values),
         share_helpful=sum(value < 0 for value in values) / len(values),

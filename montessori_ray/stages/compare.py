@@ -26,6 +26,9 @@ from montessori_ray.stages.evaluate import SETS, losses_of_students
 
 HELD_OUT = "held_out"
 
+FRESH_INFLUENCE = "compare/fresh_influence"
+"""Influences of what the teachers of a loop wrote afresh, in the loop's folder."""
+
 OF = "|"
 """Between a fresh set's place and an example's id, which is unique among the examples of one teacher only."""
 
@@ -36,6 +39,8 @@ class CellOutputs:
 
     arm: str
     tuning_seed: int
+    loop: str
+    """Folder of its loop, where there are several."""
     fresh_instructions: str
     fresh_responses: str
     fresh_set: str
@@ -44,7 +49,7 @@ class CellOutputs:
 
 
 def collect_fresh(context: StageContext) -> dict[str, Any]:
-    """The fresh examples of all teachers in one set, so that they are scored against one student in one go."""
+    """The fresh examples of a loop's teachers in one set, so that they are scored against one student in one go."""
     context.output.discard_parts()
     for position, name in enumerate(context.stage.inputs):
         context.append(
@@ -75,23 +80,23 @@ def compare(
     *,
     cells: Sequence[CellOutputs],
     against: str,
-    probed: Probed | None = None,
+    probed: Sequence[Probed] = (),
     independent: bool = False,
 ) -> dict[str, Any]:
     """One row for each arm and measure; the details hold the same and what the arms' data are like.
 
-    Inputs: losses of the students, influence of the fresh examples, reference and held-out rows, then what the arms'
-    teachers wrote afresh and the training sets, and the influences of `probed`.
+    Inputs: losses of the students, reference and held-out rows, then the influences of the fresh examples, what the
+    arms' teachers wrote afresh and the training sets, and the influences of `probed`.
 
     Args:
         context: of the stage.
         cells: all cells of all arms.
         against: the arm that all others are compared with.
-        probed: counts as fresh, since nothing was chosen by it: the original teacher is compared with every tuned one,
-            so what is known of it bounds what is known of any difference. Its prompts show earlier generations too,
-            fresh ones seeds alone, so the same is told without it as well.
-        independent: whether every tuning seed has a loop of its own: then fresh influences are compared loop by loop,
-            and their interval holds for other loops.
+        probed: of each loop; counts as fresh, since nothing was chosen by it: the original teacher is compared with
+            every tuned one, so what is known of it bounds what is known of any difference. Its prompts show earlier
+            generations too, fresh ones seeds alone, so the same is told without it as well.
+        independent: whether every tuning seed has a loop of its own: then fresh influences, each measured on the loop's
+            own warmed student, are compared loop by loop, and their interval holds for other loops.
     """
     context.output.discard_parts()
     by_arm: dict[str, list[CellOutputs]] = {}
@@ -99,12 +104,8 @@ def compare(
         by_arm.setdefault(cell.arm, []).append(cell)
     losses = {measure: _losses(context, measure) for measure in SETS}
     categories = _categories(context)
-    influence = fresh.by_teacher(context.input(1).rows(fresh.COLUMNS), lambda example_id: example_id.split(OF)[0])
-    alone = dict(influence)
-    if probed is not None:
-        rows_probed = context.run.artifact(probed.influence).rows(fresh.COLUMNS)
-        more = fresh.by_teacher(rows_probed, lambda _: "probed").get("probed", [])
-        influence[probed.fresh_set] = [*influence[probed.fresh_set], *more]
+    alone = _fresh_influences(context, cells)
+    influence = alone | {found.fresh_set: [*alone[found.fresh_set], *_probed(context, found)] for found in probed}
     rows: list[dict[str, Any]] = []
     for arm, own in by_arm.items():
         for measure in SETS:
@@ -114,7 +115,7 @@ def compare(
             rows.append(row | {"category": category})
         differ = _by_loop if independent else _by_prompt
         rows.append(_fresh_row(arm, "fresh_influence", own, by_arm[against], influence, differ))
-        if probed is not None:
+        if probed:
             rows.append(_fresh_row(arm, "fresh_influence_alone", own, by_arm[against], alone, differ))
     context.append(rows)
     sample = _sample(context, cells)
@@ -124,6 +125,20 @@ def compare(
         "measures": rows,
         "data": {arm: _data(context, own, sample) for arm, own in by_arm.items()},
     }
+
+
+def _fresh_influences(context: StageContext, cells: Sequence[CellOutputs]) -> dict[str, Groups]:
+    """Fresh set -> influences of its examples by prompt, each on the warmed student of its loop."""
+    found: dict[str, Groups] = {}
+    for loop in dict.fromkeys(cell.loop for cell in cells):
+        rows = context.run.artifact(loop + FRESH_INFLUENCE).rows(fresh.COLUMNS)
+        found |= fresh.by_teacher(rows, lambda example_id: example_id.split(OF)[0])
+    return found
+
+
+def _probed(context: StageContext, probed: Probed) -> Groups:
+    rows = context.run.artifact(probed.influence).rows(fresh.COLUMNS)
+    return fresh.by_teacher(rows, lambda _: "probed").get("probed", [])
 
 
 def _losses(context: StageContext, measure: str) -> dict[str, list[float]]:
@@ -137,7 +152,7 @@ def _losses(context: StageContext, measure: str) -> dict[str, list[float]]:
 
 def _categories(context: StageContext) -> dict[str, list[int]]:
     """Category -> positions of its held-out rows, the largest first; of those with two rows, if there are several."""
-    of_rows = context.input(3).column("category")
+    of_rows = context.input(2).column("category")
     counts = Counter(filter(None, of_rows)).most_common()
     if len(counts) < 2:
         return {}
@@ -236,7 +251,7 @@ def _data(context: StageContext, cells: list[CellOutputs], sample: int) -> dict[
     def rows(names: Iterable[str]) -> list[list[dict[str, Any]]]:
         return [list(context.run.artifact(name).rows()) for name in dict.fromkeys(names)]
 
-    others = {name: context.input(2 + position).column("instruction") for position, name in enumerate(SETS)}
+    others = {name: context.input(1 + position).column("instruction") for position, name in enumerate(SETS)}
     sets = [context.run.artifact(name).require() for name in dict.fromkeys(cell.training_set for cell in cells)]
     return {
         "fresh": describe_data(

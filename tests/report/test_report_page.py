@@ -72,7 +72,7 @@ def expected_marks(report: dict[str, Any]) -> dict[str, dict[str, int]]:
     for entry in report["influences"]:
         name = entry["name"].replace("/", "-")
         expected[f"agreement-{name}"] = {"dot": len(entry["rechecked"])}
-        if entry["place"] != "fresh":
+        if not entry["fresh"]:
             expected[f"influence-{name}"] = {"bar": len(entry["counts"])}
     for entry in report["pairs"]:
         expected[f"pairs-{entry['name'].replace('/', '-')}"] = {"bar": 1 + len(entry["without"])}
