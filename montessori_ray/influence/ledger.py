@@ -45,7 +45,8 @@ class Lease:
     id: int
     examples: tuple[Row, ...]
     alone: bool = False
-    """A suspect: the group asks for nothing else before its row is committed, so that a death is this example's."""
+    """A single example: the group asks for nothing else before its row is committed, so that a death is due to it, or
+    to the machine."""
 
 
 @dataclass(slots=True)
@@ -63,9 +64,12 @@ class Ledger:
 
     Every example that is added is drained once, whatever group dies or comes late. A lease ends when its last row is
     committed; it is returned to the front of the queue when its deadline passes (each commit on it postpones the
-    deadline). When its group is released its examples are suspects: which of them the group died over is not known, as
-    rows of finished ones may have been on their way. Suspects wait until nothing else does, and go out one by one, to
-    groups that hold nothing else: a death then has one cause.
+    deadline).
+
+    When its group is released its examples are suspects: which of them the group died over is not known, as rows of
+    finished ones may have been on their way. Suspects go out before others, one by one: a death then has one cause,
+    unless it is the machine. So they go to groups that are trusted: a group that has scored nothing since it began, or
+    died, is first given an example that was scored before.
     """
 
     def __init__(
@@ -88,6 +92,8 @@ class Ledger:
         self._finished: dict[str, Row] = {}
         self._next_lease = first_lease
         self._late: set[str] = set()
+        self._trusted: set[str] = set()
+        self._scored: Row | None = None
         self._over_one: set[str] = set()
         self._closed = False
 
@@ -117,7 +123,8 @@ class Ledger:
         return set(self._late)
 
     def over_one(self) -> set[str]:
-        """Groups that died, at least once, over one example and no other: an example's fault rather than theirs."""
+        """Groups that died, at least once, over one example and no other while they were trusted (or there was nothing
+        to try them with): an example's fault rather than theirs."""
         return set(self._over_one)
 
     def lease(self, group: str) -> Lease | Wait | None:
@@ -126,25 +133,41 @@ class Ledger:
         if self._closed:
             return None
         self._return_expired()
-        ids = self._take(self._pending, self._lease_size)
-        alone = not ids and bool(self._suspects) and not self._held_by(group)
-        if alone:
-            ids = self._take(self._suspects, 1)
-        if not ids:
+        while self._suspects and self._suspects[0] not in self._open:
+            self._suspects.popleft()  # its row came in after all
+        alone = bool(self._suspects)
+        if alone and self._held_by(group):
             return WAIT
-        lease = Lease(self._next_lease, tuple(self._open[example_id] for example_id in ids), alone)
+        examples = self._single(group) if alone else self._take(self._pending, self._lease_size)
+        if not examples:
+            return WAIT
+        lease = Lease(self._next_lease, tuple(examples), alone)
         self._next_lease += 1
+        ids = [example["example_id"] for example in examples]
         self._out[lease.id] = _Out(group, ids, self._clock() + self._timeout, alone)
         return lease
 
-    def commit(self, lease_id: int, rows: Iterable[Row]) -> None:
+    def _single(self, group: str) -> list[Row]:
+        """A suspect for a trusted group. For another one an example that was scored before, or else the last that
+        waits, since what kills groups often comes together."""
+        if group in self._trusted:
+            return self._take(self._suspects, 1)
+        if self._scored is not None:
+            return [self._scored]
+        self._pending.rotate()
+        return self._take(self._pending, 1) or self._take(self._suspects, 1)
+
+    def commit(self, lease_id: int, rows: Sequence[Row]) -> None:
         """Take in rows (each with an `example_id`) of a lease, even of one that has run out; duplicates are dropped."""
         for row in rows:
-            if self._open.pop(row["example_id"], None) is not None:
+            if (example := self._open.pop(row["example_id"], None)) is not None:
                 self._deaths.pop(row["example_id"], None)
                 self._finished[row["example_id"]] = row
+                self._scored = self._scored if row.get("quarantine") else example
         out = self._out.get(lease_id)
         if out is not None:
+            if rows:
+                self._trusted.add(out.group)
             out.deadline = self._clock() + self._timeout
             out.open_ids = [example_id for example_id in out.open_ids if example_id in self._open]
             if not out.open_ids:
@@ -157,22 +180,24 @@ class Ledger:
         leases = [self._out.pop(lease_id) for lease_id in self._held_by(group)]
         for lease in leases:
             self._suspects.extend(id_ for id_ in lease.open_ids if id_ in self._open)
-        if len(leases) == 1 and leases[0].alone:
+        believed = group in self._trusted or not (self._scored or self._pending)
+        if len(leases) == 1 and leases[0].alone and believed:
             self._over_one.add(group)
             self._count_death(leases[0].open_ids[0])
+        self._trusted.discard(group)
 
     def drain(self) -> list[Row]:
         """Rows that came in since the last call; each is handed over once."""
         rows, self._finished = list(self._finished.values()), {}
         return rows
 
-    def _take(self, queue: deque[str], count: int) -> list[str]:
-        ids: list[str] = []
-        while queue and len(ids) < count:
-            example_id = queue.popleft()
-            if example_id in self._open:
-                ids.append(example_id)
-        return ids
+    def _take(self, queue: deque[str], count: int) -> list[Row]:
+        taken: list[Row] = []
+        while queue and len(taken) < count:
+            example = self._open.get(queue.popleft())
+            if example is not None:
+                taken.append(example)
+        return taken
 
     def _held_by(self, group: str) -> list[int]:
         return [lease_id for lease_id, out in self._out.items() if out.group == group]

@@ -1,5 +1,6 @@
 """Leases under random deaths, expiries, late commits and ledgers that die: every example has its row exactly once."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -90,9 +91,15 @@ def test_a_dead_groups_leases_return_at_once() -> None:
     assert isinstance(lease, Lease)
     ledger.commit(lease.id, done(lease)[:1])
     ledger.release("a")
-    assert ids(ledger.lease("b")) == ["e2"]
-    assert ledger.lease("b") is WAIT, "a suspect is for a group that holds nothing else"
-    assert ids(ledger.lease("c")) == ["e1"]
+    trial = ledger.lease("b")
+    assert ids(trial) == ["e0"], "nothing is known of this group, and this example can be scored"
+    assert isinstance(trial, Lease)
+    assert trial.alone
+    assert ledger.lease("b") is WAIT, "nor does it get a second one"
+    ledger.commit(trial.id, done(trial, "b"))
+    assert ids(ledger.lease("b")) == ["e1"], "suspects go first, one by one"
+    assert ids(ledger.lease("c")) == ["e2"]
+    assert [row["by"] for row in ledger.drain()] == [""], "the trial's row is nobody's"
 
 
 def score_all(ledger: Ledger, culprits: set[str], unsent: int = 0) -> int:
@@ -140,16 +147,41 @@ def test_a_group_that_died_over_one_example_is_known() -> None:
     assert ledger.over_one() == {"b"}
 
 
-@pytest.mark.parametrize("culprits", [0, 1, 2, 3, 5, 7])
+EVERY_THIRD = range(0, 60, 3)
+
+
 @pytest.mark.parametrize("lease_size", [3, 8])
-def test_any_number_of_such_examples_is_outlived(culprits: int, lease_size: int) -> None:
+@pytest.mark.parametrize(
+    "culprits", [[], [0], range(53, 60), range(13), [8, 16, 24, 32], EVERY_THIRD, range(1, 60)], ids=str
+)
+def test_any_number_of_such_examples_is_outlived_wherever_they_are(culprits: Sequence[int], lease_size: int) -> None:
     """A group that has died four times is followed by another if it died over a single example."""
-    deadly = {f"e{number}" for number in range(12 - culprits, 12)}
-    ledger, _ = ledger_of(12, lease_size)
+    deadly = {f"e{number}" for number in culprits}
+    ledger, _ = ledger_of(60, lease_size)
     one_session(ledger, deadly)
     rows = {row["example_id"]: row for row in ledger.drain()}
-    assert len(rows) == 12
+    assert len(rows) == 60
     assert {example_id for example_id, row in rows.items() if row.get("quarantine")} == deadly
+
+
+@pytest.mark.parametrize("breaks_after", [0, 1, 3])
+def test_no_example_is_blamed_for_a_machine_that_kills_whatever_it_is_given(breaks_after: int) -> None:
+    """It is retired, whatever it did before it broke, and the others score what it died over."""
+    ledger, _ = ledger_of(40, 4)
+    deaths = turns = 0
+    while ledger.open():
+        turns += 1
+        if deaths < 4 and isinstance(lease := ledger.lease("broken"), Lease):
+            if turns > breaks_after:
+                ledger.release("broken")
+                deaths += 1
+            else:
+                ledger.commit(lease.id, done(lease, "broken"))
+        lease = ledger.lease("b")
+        assert isinstance(lease, Lease)
+        ledger.commit(lease.id, done(lease, "b"))
+    assert (deaths, "broken" in ledger.over_one()) == (4, False)
+    assert not [row for row in ledger.drain() if row.get("quarantine")]
 
 
 def test_where_every_example_kills_the_session_ends() -> None:
