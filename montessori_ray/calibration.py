@@ -23,10 +23,11 @@ import ray
 
 from montessori_ray.artifacts.run import Run
 from montessori_ray.cluster import require_room
+from montessori_ray.comparison import all_stages
 from montessori_ray.config import Config
 from montessori_ray.config import Score as ScoreSettings
 from montessori_ray.errors import ConfigError
-from montessori_ray.loop import FIRST_WARMED, REFERENCE, STUDENT, check_run, score_bundles, stages_of
+from montessori_ray.loop import FIRST_WARMED, REFERENCE, STUDENT, check_run, score_bundles
 from montessori_ray.session import Session
 from montessori_ray.stages.base import Stage
 from montessori_ray.telemetry.console import clock
@@ -103,7 +104,7 @@ def calibrate(config: Config) -> Calibration:
         ConfigError: an adapter is to be trained and there is none yet.
         UserError: as `loop.run_loop`.
     """
-    stages = stages_of(config)
+    stages = all_stages(config)
     with Session(config) as session:
         check_run(stages, config, session.run)
         session.write_config()

@@ -171,9 +171,11 @@ def stages(
         maker = {stage.output: stage.name for stage in listed}
         with artifacts.lock():
             for artifact in map(artifacts.artifact, loop.made_from(remove, listed)):
-                if artifact.manifest() or artifact.begun():
+                there = artifact.manifest() or artifact.begun()
+                if there:
                     artifact.remove()
-                    artifacts.remove_trainings(maker[artifact.name])  # or an unfinished one would go on
+                # Or an unfinished one would go on; of one that failed nothing else is left.
+                if artifacts.remove_trainings(maker[artifact.name]) or there:
                     typer.echo(f"removed {artifact.name}")
         return
     for stage in listed:

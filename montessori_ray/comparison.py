@@ -161,14 +161,15 @@ def _arm_config(config: Config, name: str, tuning_seed: int, student_seed: int) 
     seeds = {"tune_teacher.seed": tuning_seed, "train_student.seed": student_seed}
     if _require_arms(config).seeds == "independent":
         seeds["seed"] = tuning_seed
-    if tree["pair"]["signal"] in DRAWN:
-        seeds["pair.seed"] = tuning_seed
     for key, value in seeds.items():
         set_dotted(tree, key, value)
     try:
-        return Config.model_validate(tree)
+        cell = Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"compare.arms.{name}: {describe(error)}") from None
+    if cell.pair.signal not in DRAWN:
+        return cell
+    return cell.model_copy(update={"pair": cell.pair.model_copy(update={"seed": tuning_seed})})
 
 
 class _Shared:

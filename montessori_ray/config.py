@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -433,9 +434,12 @@ class Score(Section):
     """Points between checks that the restored state equals the warmed one bit for bit."""
 
     def meaning(self, name: str) -> Any:
-        """As `Section.meaning`: a run begun on CPUs does not go on in tf32, whose scores are others."""
+        """As `Section.meaning`: a run begun on CPUs does not go on in tf32, whose scores are others; an optimizer state
+        stands for its content."""
         if name == "precision" and self.precision == "auto":
             return "tf32" if self.worker.gpus else "float32"
+        if name == "optimizer_state" and self.optimizer_state is not None:
+            return _said_content(self.optimizer_state)
         return super().meaning(name)
 
     @field_validator("optimizer_state")
@@ -790,7 +794,8 @@ class Benchmarks(Section):
 
 
 WHICH = ("path", "model")
-"""Keys that name what their section describes."""
+"""Keys that name what their section describes, but for a judge's, whose endpoint may serve several models."""
+JUDGE = "judge"
 
 
 def content_settings(config: Section, keys: tuple[str, ...]) -> dict[str, Any]:
@@ -802,7 +807,7 @@ def content_settings(config: Section, keys: tuple[str, ...]) -> dict[str, Any]:
     for key in keys:
         node: Any = config
         for name in key.split("."):
-            node = getattr(node, name)
+            node = node.meaning(name)
         _collect_leaves(node, key, leaves)
     return leaves
 
@@ -823,12 +828,23 @@ def _said_content(path: str) -> str:
     place = Path(path)
     if not place.exists():
         return path
+    files = [file for file in (sorted(place.iterdir()) if place.is_dir() else [place]) if file.is_file()]
+    return f"{place.name} (content {_digest(tuple((file, *_size_and_time(file)) for file in files))})"
+
+
+def _size_and_time(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+@cache
+def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Of the contents of files; read once while neither size nor time of change does."""
     digest = hashlib.sha256()
-    for file in sorted(place.iterdir()) if place.is_dir() else [place]:
-        if file.is_file():
-            with file.open("rb") as content:
-                digest.update(hashlib.file_digest(content, "sha256").digest())
-    return f"{place.name} (content {digest.hexdigest()[:12]})"
+    for file, _, _ in files:
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()[:12]
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -929,7 +945,8 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        laid = (lambda under, upon: {**under, **upon}) if key == JUDGE else _merge
+        merged[key] = laid(merged[key], value) if both else value
     return merged
 
 
@@ -937,8 +954,8 @@ def _set_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
     """Lay dotted overrides on a tree; as in `_merge`, another file or model takes nothing over from the last one."""
     parsed = [_parse_override(override) for override in overrides]
     for key, value in parsed:
-        leaf = key.rpartition(".")[2]
-        if leaf in WHICH and (section := _section_of(tree, key)).get(leaf, value) != value:
+        *above, leaf = key.split(".")
+        if leaf in WHICH and above[-1:] != [JUDGE] and (section := _section_of(tree, key)).get(leaf, value) != value:
             section.clear()
     for key, value in parsed:
         set_dotted(tree, key, value)

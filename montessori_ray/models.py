@@ -157,6 +157,7 @@ def with_template(folder: Path, chat_template: str, output: Path, *, link: bool)
         if file.name == CHAT_TEMPLATE:
             continue
         if link:
+            (output / file.name).unlink(missing_ok=True)  # of a session that was killed
             (output / file.name).symlink_to(file.resolve())
         else:
             shutil.copy(file, output)

@@ -43,15 +43,13 @@ def score_files(job: ScoreFiles) -> Run:
 def import_student(context: StageContext[ScoreFiles]) -> dict[str, Any]:
     """The student as `inputs/student`; it must be possible to take a step with it, or to warm it up first."""
     details = inputs.import_student(context)
-    state = context.config.score.optimizer_state
     if context.config.data.warm_up is None:
         from montessori_ray.influence.scorer import step_rule  # late: see stages/__init__.py
         from montessori_ray.models import resolve_model
 
+        state = context.config.score.optimizer_state
         step_rule(Path(state) if state else resolve_model(context.config.student.model), context.config.score)
-    if state in (None, "none"):
-        return details
-    return details | inputs.optimizer_state(Path(state))
+    return details
 
 
 def stages_of_scoring(job: ScoreFiles) -> list[Stage]:

@@ -140,6 +140,10 @@ def test_a_run_directory_removes_by_its_own_settings_whatever_made_it(tmp_path: 
     done = CliRunner().invoke(app, ["stages", "--run", str(run), "--remove", "inputs/reference"])
     assert (done.exit_code, done.output) == (0, "removed inputs/reference\n")
     assert artifact.made_from() is None
+    (run / "train/inputs-reference-0123abcd").mkdir(parents=True)  # of a training that failed nothing else is left
+    done = CliRunner().invoke(app, ["stages", "--run", str(run), "--remove", "inputs/reference"])
+    assert (done.exit_code, done.output) == (0, "removed inputs/reference\n")
+    assert not (run / "train/inputs-reference-0123abcd").exists()
     for wrong, said in (([], "as --config FILE, or"), (["--run", str(run), "seed=3"], "leave seed=3 out")):
         done = CliRunner().invoke(app, ["stages", *wrong])
         assert (done.exit_code, said in done.stderr) == (2, True), done.output
@@ -175,9 +179,7 @@ def test_a_model_outside_of_the_run_that_became_another(tmp_path: Path, tiny_mod
     weights.touch()
     assert "99" in refused(tmp_path / "run", *line), "the same content at another time"
     weights.write_bytes(weights.read_bytes()[:-1] + b"@")
-    assert f"{folder}, which is inputs/teacher of this run, is not what the run began with" in refused(
-        tmp_path / "run", *line
-    )
+    assert f"{folder}, which is inputs/teacher of this run, is not the model" in refused(tmp_path / "run", *line)
 
 
 def test_more_than_the_machine_has(tmp_path: Path) -> None:

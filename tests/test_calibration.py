@@ -8,10 +8,14 @@ import pytest
 from typer.testing import CliRunner
 
 from montessori_ray.artifacts.run import Run
-from montessori_ray.calibration import Calibration, load_calibration, measured_settings, say_scoring
+from montessori_ray.calibration import Calibration, calibrate, load_calibration, measured_settings, say_scoring
 from montessori_ray.cli import app
+from montessori_ray.comparison import all_stages
 from montessori_ray.config import Config, Score, load_config
+from montessori_ray.errors import ConfigError
 from montessori_ray.loop import stages_of
+from montessori_ray.session import Session
+from montessori_ray.stages.base import identity_of
 
 PARTS: dict[str, Any] = {
     "start_s": 20.0, "point_s": 3.0, "recheck_start_s": 5.0, "recheck_s": 2.0, "stop_s": 4.0,
@@ -55,6 +59,24 @@ def test_gpu_hours_count_all_ranks(tmp_path: Path) -> None:
     (stage,) = [stage for stage in stages_of(config) if stage.name == "iteration_00/score"]
     calibration = Calibration(settings={}, **{**PARTS, "start_s": 3600.0, "point_s": 0, "stop_s": 0, "recheck_s": 0})
     assert say_scoring(calibration, stage, config) == "1:00:05, 3 GPU-hours"
+
+
+def test_a_comparison_that_has_begun_can_be_calibrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first loop has another seed than the config, and a single loop would find it made with other settings."""
+
+    def interrupted(_: Session) -> None:
+        raise ConfigError("no cluster today")
+
+    seeds = ["compare.tuning_seeds=[3,4]", "compare.student_seeds=[3,4]", f"run={tmp_path}", "telemetry.tracker=none"]
+    config = load_config("configs/evidence_cpu_independent.yaml", seeds)
+    (stage,) = (stage for stage in all_stages(config) if stage.output == "iteration_00/instructions")
+    with Session(config) as session:
+        for name in ("inputs/seeds", "inputs/teacher"):
+            session.execute(next(stage for stage in all_stages(config) if stage.output == name))
+        session.run.artifact(stage.output).begin(identity_of(stage, config, session.run))
+    monkeypatch.setattr(Session, "connect", interrupted)
+    with pytest.raises(ConfigError, match="no cluster today"):
+        calibrate(config)
 
 
 @pytest.mark.slow

@@ -292,6 +292,14 @@ def test_an_arm_whose_settings_do_not_fit_is_named(settings: dict[str, Any], mes
         stages_of_comparison(comparison({**ARMS, "x": settings}))
 
 
+def test_an_arm_may_give_a_section_as_a_whole() -> None:
+    arms = {**ARMS, "best": {"pair": {"rule": "best_worst", "signal": "random"}}}
+    (cell,) = (cell for cell in cells_of(comparison(arms, tuning_seeds=(7,))) if cell.arm == "best")
+    assert (cell.config.pair.rule, cell.config.pair.seed) == ("best_worst", 7)
+    with pytest.raises(ConfigError, match=r"compare\.arms\.best: pair "):
+        cells_of(comparison({**ARMS, "best": {"pair": 3}}))
+
+
 def test_a_comparison_is_not_run_as_one_loop_nor_a_loop_compared() -> None:
     with pytest.raises(ConfigError, match="run it with `montessori compare`"):
         run_loop(comparison())

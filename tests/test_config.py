@@ -473,6 +473,29 @@ def test_another_model_or_file_takes_nothing_over_on_the_command_line_either(tmp
     assert other.data.reference == DataFile(path="new.jsonl")
 
 
+def test_another_judge_is_asked_at_the_same_endpoint(tmp_path: Path) -> None:
+    judge = {"model": "large", "base_url": "http://host/v1", "api_key_env": "KEY", "max_tokens": 900}
+    path = write(tmp_path, {**MINIMAL, "evaluate": {"judge": judge}})
+    found = load_config(path, ["evaluate.judge.model=small"]).evaluate.judge
+    assert found is not None
+    assert found.model_dump(include=set(judge)) == {**judge, "model": "small"}
+    (tmp_path / "over.yaml").write_text(f"extends: {path.name}\nevaluate: {{judge: {{model: small}}}}\n")
+    assert load_config(tmp_path / "over.yaml").evaluate.judge == found
+
+
+def test_an_optimizer_state_stands_for_its_content(minimal: Path, tmp_path: Path) -> None:
+    said = []
+    for name, content in (("a", "1"), ("b", "2"), ("c/a", "1")):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "optimizer.json").write_text(content)
+        config = load_config(minimal, [f"score.optimizer_state={tmp_path / name}"])
+        said.append(content_settings(config, ("score.optimizer_state",))["score.optimizer_state"])
+    assert said[0].startswith("a (content ")
+    assert said[0] == said[2] != said[1]
+    (tmp_path / "c/a/optimizer.json").write_text("3")
+    assert content_settings(config, ("score",))["score.optimizer_state"] != said[2]
+
+
 def test_keys_of_scoring_are_the_score_sections_unless_they_name_another() -> None:
     tree = {
         "run": "scores",

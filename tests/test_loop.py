@@ -411,9 +411,7 @@ def test_a_teacher_gets_the_template_given(run: Run, tmp_path: Path, embedded: b
     if not embedded:
         assert (teacher.model_path() / "model.safetensors").resolve() == tmp_path / "teacher/model.safetensors"
         (tmp_path / "teacher/config.json").write_text("{}")
-        with pytest.raises(
-            RunError, match="teacher, which is inputs/teacher of this run, is not what the run began with"
-        ):
+        with pytest.raises(RunError, match="teacher, which is inputs/teacher of this run, is not the model"):
             run_loop(config, kinds=("score",))
 
 

@@ -243,15 +243,16 @@ class Run:
         """Where Ray Train keeps checkpoints of unfinished trainings."""
         return f"{self.root}/train"
 
-    def remove_trainings(self, stage: str) -> None:
-        """Remove what Ray Train keeps of the trainings of a stage (see `StageContext.train_name`).
+    def remove_trainings(self, stage: str) -> bool:
+        """Remove what Ray Train keeps of the trainings of a stage (see `StageContext.train_name`); False if nothing.
 
         Raises:
             RunError, OSError: it cannot be removed.
         """
-        for entry in self.storage.entries("train"):
-            if entry.startswith(f"{stage.replace('/', '-')}-"):
-                self.storage.remove(f"train/{entry}")
+        kept = [entry for entry in self.storage.entries("train") if entry.startswith(f"{stage.replace('/', '-')}-")]
+        for entry in kept:
+            self.storage.remove(f"train/{entry}")
+        return bool(kept)
 
     @contextmanager
     def lock(self) -> Iterator[None]:

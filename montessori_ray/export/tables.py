@@ -78,8 +78,8 @@ SINGLE = ("score", "final/training_set", "final/score_fresh", "compare/score_fre
 def split_of(stage: Stage) -> str:
     """`iteration_00`, `final`, `random_tuning_0_final` for an arm of a comparison, `loop_1_random_tuning_1_final` of
     another independent loop; `train` for a stage of its own."""
-    place = stage.name.replace("arms/", "").rpartition("/")[0]
-    return "train" if stage.name in SINGLE else place.replace("/", "_")
+    folders = [folder for folder in stage.name.split("/")[:-1] if folder != "arms"]
+    return "train" if stage.name in SINGLE else "_".join(folders)
 
 
 def write_split(run: Run, stage: Stage, folder: Path) -> Split:

@@ -42,6 +42,10 @@ LEDGER_S = 300.0
 """Seconds the ledger may take to answer, a new process for one that died included."""
 
 
+class SpoiltRowsError(ResourceError):
+    """A group has sent wrong rows, and which of those committed are wrong is not known: none can be kept."""
+
+
 def score_examples(
     *,
     student: Path,
@@ -80,8 +84,8 @@ def score_examples(
         seconds, groups (how many were started).
 
     Raises:
-        ResourceError: every group failed for good, nothing happened for longer than all timeouts together, or a group
-            has sent wrong rows.
+        ResourceError: every group failed for good, or nothing happened for longer than all timeouts together.
+        SpoiltRowsError: see there.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = LedgerActor
@@ -241,13 +245,13 @@ def require_unspoilt(state: LedgerState) -> None:
     """Refuse to go on with wrong rows.
 
     Raises:
-        ResourceError: names the worker and what it said.
+        SpoiltRowsError: names the worker and what it said.
     """
     if state.spoilt is not None:
-        raise ResourceError(
-            f"rows of {state.spoilt}; it is a defect of this software or of the machine: remove this influence "
-            "(`montessori stages --remove`) and score anew with score.verify_every=1, which stops before a wrong row, "
-            "on other nodes or with another score.backend"
+        raise SpoiltRowsError(
+            f"rows of {state.spoilt}; it is a defect of this software or of the machine, and the scores of this stage "
+            "are removed: score anew with score.verify_every=1, which stops before a wrong row, on other nodes or with "
+            "another score.backend"
         )
 
 

@@ -35,8 +35,9 @@ def student(report: Report) -> Markup | None:
     if report.categories:
         drawn.append(_categories(report))
     note = (
-        "Mean cross entropy over the response tokens of a row, then over rows; ± is one standard error over rows. No "
-        "stage has seen the held-out rows; the reference rows define influence."
+        "Mean cross entropy over the response tokens of a row, then over rows; ± is one standard error over rows. Of "
+        "the held-out rows no stage has seen more than their instructions, to keep rows near them out of the training "
+        "set; the reference rows define influence."
     )
     return join([paragraph(note, kind="note"), figures(*drawn)])
 

@@ -20,8 +20,6 @@ FILES = "files"
 """Detail of a model that lies outside of the run: sizes and times of its files."""
 LINKED = "linked"
 """Detail of a model that links to files outside of the run: where they lie, and a digest."""
-OPTIMIZER_STATE = "optimizer_state"
-"""Detail of a student whose optimizer state lies in a folder of its own: where, a digest, and FILES."""
 
 
 def import_seeds(context: StageContext) -> dict[str, Any]:
@@ -172,7 +170,7 @@ def _import_model(
 
 
 def require_unchanged(artifact: Artifact) -> None:
-    """Refuse a run whose model, or its optimizer state, lies outside of it and has changed since.
+    """Refuse a run whose model lies outside of it and has changed since.
 
     Sizes and times of its files are looked at first; their content is read only where these differ.
 
@@ -183,23 +181,15 @@ def require_unchanged(artifact: Artifact) -> None:
 
     if (manifest := artifact.manifest()) is None:
         return
-    outside: list[tuple[str, Any, Any]] = []
-    if location := artifact.location() or manifest.details.get(LINKED):
-        outside.append((f"{artifact.name} of this run", location, manifest.details.get(FILES)))
-    if state := manifest.details.get(OPTIMIZER_STATE):
-        outside.append((f"the optimizer state of {artifact.name}", state, state[FILES]))
-    for what, location, files in outside:
-        folder = Path(location["path"])
-        if _sizes_and_times(folder) != files and model_digest(folder) != location["digest"]:
-            raise RunError(
-                f"{folder}, which is {what}, is not what the run began with: put that back, or begin another run "
-                "(run=DIR)"
-            )
-
-
-def optimizer_state(folder: Path) -> dict[str, Any]:
-    """What `require_unchanged` compares of an optimizer state that lies outside of the run."""
-    return {OPTIMIZER_STATE: {**_location(folder), FILES: _sizes_and_times(folder)}}
+    location = artifact.location() or manifest.details.get(LINKED)
+    if location is None:
+        return
+    folder = Path(location["path"])
+    if _sizes_and_times(folder) != manifest.details.get(FILES) and model_digest(folder) != location["digest"]:
+        raise RunError(
+            f"{folder}, which is {artifact.name} of this run, is not the model that the run began with: put that back, "
+            "or begin another run (run=DIR)"
+        )
 
 
 def _location(folder: Path) -> dict[str, str]:

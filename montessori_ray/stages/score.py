@@ -20,8 +20,13 @@ ROWS_A_CHUNK = 256
 
 
 def score(context: StageContext[AnySettings]) -> dict[str, Any]:
-    """Score the examples of all inputs after the warmed student and the reference set; continues row by row."""
-    from montessori_ray.influence.driver import score_examples  # late: see stages/__init__.py
+    """Score the examples of all inputs after the warmed student and the reference set; continues row by row.
+
+    Raises:
+        SpoiltRowsError: a group has sent wrong rows; none is kept, or the next session would take them for right ones.
+        RunError: another session worked on the same run.
+    """
+    from montessori_ray.influence.driver import SpoiltRowsError, score_examples  # late: see stages/__init__.py
 
     scored = context.output.count()
     sets = [context.input(position) for position in range(2, len(context.stage.inputs))]
@@ -43,12 +48,16 @@ def score(context: StageContext[AnySettings]) -> dict[str, Any]:
     student = context.config.student
     summary: dict[str, Any] = {}
     if scored < total:
-        summary = score_examples(
-            student=context.model(0), examples=chunks(), reference=list(context.input(1).rows()), on_rows=commit,
-            settings=context.config.score, chat_template=student.chat_template, max_length=student.max_length,
-            name=context.train_name, storage=context.run.train_storage(), progress=context.progress,
-            total=total, done=scored, note=context.note,
-        )  # fmt: skip
+        try:
+            summary = score_examples(
+                student=context.model(0), examples=chunks(), reference=list(context.input(1).rows()), on_rows=commit,
+                settings=context.config.score, chat_template=student.chat_template, max_length=student.max_length,
+                name=context.train_name, storage=context.run.train_storage(), progress=context.progress,
+                total=total, done=scored, note=context.note,
+            )  # fmt: skip
+        except SpoiltRowsError:
+            context.output.discard_parts()
+            raise
     if (found := context.output.count()) != total:  # in a bucket, which has no lock
         raise RunError(
             f"{context.output.url} holds {found} scores of {total} examples: another session worked on this run at the "

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 
 from montessori_ray.config import Score as ScoreSettings
-from montessori_ray.errors import ResourceError
 from montessori_ray.influence import groups
-from montessori_ray.influence.driver import require_unspoilt
+from montessori_ray.influence.driver import SpoiltRowsError, require_unspoilt
 from montessori_ray.influence.estimators import NotRestoredError
 from montessori_ray.influence.groups import Group, _Rows, score_loop
 from montessori_ray.influence.ledger import Lease
@@ -96,7 +95,7 @@ def run(monkeypatch: pytest.MonkeyPatch, ledger: WrittenDown, scorer: Any) -> No
 def test_scoring_stops_at_the_first_word_of_wrong_rows() -> None:
     state = LedgerState(rows=[], backlog=0, open=0, baselines={}, late=set(), over_one=set(), spoilt=None)
     require_unspoilt(state)
-    with pytest.raises(ResourceError, match=r"rows of g@host: not restored; .* score anew with score\.verify_every=1"):
+    with pytest.raises(SpoiltRowsError, match=r"rows of g@host: not restored; .* score anew with score\.verify_every"):
         require_unspoilt(replace(state, spoilt="g@host: not restored"))
 
 

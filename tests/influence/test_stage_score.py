@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from montessori_ray.artifacts.manifest import Identity
 from montessori_ray.artifacts.run import Run
 from montessori_ray.config import load_config
 from montessori_ray.errors import RunError
+from montessori_ray.influence.driver import SpoiltRowsError
 from montessori_ray.loop import stages_of
 from montessori_ray.stages.base import StageContext
 from montessori_ray.stages.schemas import EXAMPLES, INPUT_ROWS
@@ -42,11 +43,12 @@ def test_without_reads_no_further_than_it_must() -> None:
     assert read == ["e1", "e0", "e3", "e2"]
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-def test_scores_that_another_session_overwrote_are_missed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: int
-) -> None:
-    """Two sessions on one run in a bucket, which has no lock, write the same parts."""
+Score = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Score], StageContext[Any]]:
+    """A run that is about to score three examples, by what it is given instead of scoring groups."""
     config = load_config(Path(__file__).parents[2] / "configs/quickstart.yaml")
     stage = {stage.name: stage for stage in stages_of(config)}["iteration_00/score"]
     run = Run(str(tmp_path))
@@ -62,17 +64,46 @@ def test_scores_that_another_session_overwrote_are_missed(
         (folder / "model").touch()
     student.commit(details={}, seconds=0.0)
 
+    def begin(score_examples: Score) -> StageContext[Any]:
+        monkeypatch.setattr("montessori_ray.influence.driver.score_examples", score_examples)
+        return StageContext(
+            stage=stage, config=config, run=run, progress=ProgressChannel("score", None), note=lambda *_, **__: None
+        )
+
+    return begin
+
+
+def scores_of(examples: Iterable[list[dict[str, Any]]], influence: float = -0.1) -> list[dict[str, Any]]:
+    return [{"example_id": row["example_id"], "influence": influence} for chunk in examples for row in chunk]
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_scores_that_another_session_overwrote_are_missed(
+    begun: Callable[[Score], StageContext[Any]], lost: int
+) -> None:
+    """Two sessions on one run in a bucket, which has no lock, write the same parts."""
+
     def score_examples(*, examples: Iterable[list[dict[str, Any]]], on_rows: Any, **_: Any) -> dict[str, Any]:
-        rows = [row for chunk in examples for row in chunk]
-        on_rows([{"example_id": row["example_id"], "influence": -0.1} for row in rows[lost:]])
+        on_rows(scores_of(examples)[lost:])
         return {"warmed_loss": 1.0}
 
-    monkeypatch.setattr("montessori_ray.influence.driver.score_examples", score_examples)
-    context: StageContext[Any] = StageContext(
-        stage=stage, config=config, run=run, progress=ProgressChannel("score", None), note=lambda *_, **__: None
-    )
+    context = begun(score_examples)
     if lost:
         with pytest.raises(RunError, match="holds 2 scores of 3 examples: another session worked on this run"):
             score(context)
     else:
         assert score(context)["scored"] == 3
+
+
+def test_wrong_scores_are_not_there_for_the_next_session(begun: Callable[[Score], StageContext[Any]]) -> None:
+    def spoilt(*, examples: Iterable[list[dict[str, Any]]], on_rows: Any, **_: Any) -> dict[str, Any]:
+        on_rows(scores_of(examples, influence=999.0)[:2])
+        raise SpoiltRowsError("rows of group-0@bad: not restored")
+
+    def right(*, examples: Iterable[list[dict[str, Any]]], on_rows: Any, **_: Any) -> dict[str, Any]:
+        on_rows(scores_of(examples))
+        return {}
+
+    with pytest.raises(SpoiltRowsError):
+        score(begun(spoilt))
+    assert score(begun(right))["influence"]["mean"] == pytest.approx(-0.1)
