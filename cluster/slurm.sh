@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
 # A Ray cluster on the nodes of a Slurm job, and on it a run, or what of it is left; from the repository on a shared
 # disk, after `make setup LOCK=cuda` there; models of the Hub are looked for in HF_HOME, a folder that all nodes see:
-#   sbatch --nodes 4 --gpus-per-node 8 cluster/slurm.sh --config my.yaml run=/shared/runs/first
-#   sbatch --nodes 4 --gpus-per-node 8 --time 1-0 --export ALL,JOB=compare cluster/slurm.sh --config configs/evidence_gpu.yaml
+#   sbatch --nodes 2 --gpus-per-node 4 cluster/slurm.sh --config my.yaml run=/shared/runs/first
+#   sbatch --nodes 1 --gpus-per-node 1 --time 1-0 --export ALL,JOB=compare cluster/slurm.sh --config configs/evidence_gpu.yaml
+#   sbatch --nodes 2 --gpus-per-node 4 --export ALL,JOB=score_files cluster/slurm.sh --student /models/mine --warm-up /shared/warm_up.jsonl \
+#     --examples /shared/candidates.jsonl --reference /shared/reference.jsonl --output /shared/scores \
+#     groups=8 worker.cpus=4 worker.gpus=1 warm_up.worker.gpus=1
 # A job that is preempted, loses a node or reaches its time limit is queued again and goes on where it was.
 #SBATCH --job-name=montessori
 #SBATCH --ntasks-per-node=1

@@ -111,7 +111,7 @@ class DataFile(Section):
 
 
 class Data(Section):
-    """The three sets a user brings. Reference and held-out rows are checked to be disjoint."""
+    """The three sets a user brings. Held-out rows are checked to be neither reference rows nor seeds."""
 
     seeds: DataFile
     """Seed instructions shown in few-shot prompts (paper: Alpaca-GPT4, 52K)."""

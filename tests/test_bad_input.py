@@ -214,3 +214,11 @@ def test_a_stage_without_its_inputs_names_the_stage_that_makes_them(tmp_path: Pa
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2, done.stderr
     assert "run the stage iteration_00/warm_up first" in done.stderr
+
+
+def test_scoring_files_as_a_job_says_what_is_missing(tmp_path: Path) -> None:
+    files = [part for name in ("examples", "reference") for part in (f"--{name}", str(tmp_path / f"{name}.jsonl"))]
+    line = [sys.executable, "jobs/score_files.py", "--student", "s", *files, "--output", str(tmp_path / "scores")]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert f"no file at {tmp_path / 'reference.jsonl'}" in " ".join(done.stderr.split())

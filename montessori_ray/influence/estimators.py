@@ -1,4 +1,4 @@
-"""Estimators of influence (DESIGN section 6) over any student that can step, be measured and be restored.
+"""Estimators of influence (docs/scoring.md) over any student that can step, be measured and be restored.
 
 Notation: L is the reference loss, g its gradient, d the change of the weights that one AdamW step on an example makes,
 from the warmed weights. `exact` measures L(warmed + d) - L(baseline); `first_order` takes g.d for it, where g is the

@@ -1,4 +1,4 @@
-"""What scoring says about one probing example (DESIGN section 5, *Rows*)."""
+"""What scoring says about one probing example: a row of the table of influences."""
 
 from __future__ import annotations
 

@@ -227,8 +227,8 @@ def step_rule(optimizer_state: Path, settings: ScoreSettings) -> AdamW:
     if settings.learning_rate is None:
         raise ModelError(
             f"{optimizer_state} has no {OPTIMIZER_JSON}, so the student was not warmed up: warm it up first "
-            "(data.warm_up), name an optimizer state (score.optimizer_state=DIR), or set score.learning_rate to step "
-            "with fresh moments"
+            "(`--warm-up FILE`, data.warm_up), name an optimizer state (`--optimizer-state DIR`, "
+            "score.optimizer_state=DIR), or set score.learning_rate to step with fresh moments"
         )
     return AdamW.fresh(settings.learning_rate)
 
