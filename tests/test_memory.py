@@ -73,6 +73,7 @@ def test_what_is_not_known_is_not_refused() -> None:
     config = load_config(CONFIGS / "paper_tinyllama.yaml")
     assert refused(config, {"teacher": None, "student": None}, H100) == {}
     assert refused(config, LLAMA, [Memory(host=1.0, gpu=None)]) == {}, "GPUs that are not NVIDIA's"
+    assert refused(config, LLAMA, []) == {}, "no node has answered"
     adapter = load_config(CONFIGS / "paper_llama3_8b.yaml", ["student.lora={rank: 8}", "score.group_size=1"])
     assert refused(adapter, LLAMA, H100) == {}
 
