@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, ParamSpec
 
@@ -281,8 +281,9 @@ def score(
     }
     run = score_files(score_settings(tree, overrides))
     influence = run.artifact(INFLUENCE)
-    texts = {row["example_id"]: row["instruction"] for row in run.artifact(EXAMPLES).rows()}
-    for table in influence_tables(influence.require().details, list(influence.rows()), texts):
+    rows = partial(influence.rows, ["example_id", "influence", "influence_se"])
+    texts = run.artifact(EXAMPLES).rows(["example_id", "instruction"])
+    for table in influence_tables(influence.require().details, rows, texts):
         terminal().print(table)
 
 

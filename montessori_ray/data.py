@@ -65,16 +65,23 @@ def read_examples(file: DataFile) -> Iterator[dict[str, Any]]:
     seen: set[str] = set()
     for number, row in enumerate(read_rows("examples", file, needs_response=False), start=file.start):
         given = table[number]
-        example_id = str(given.get("example_id") or row["example_id"])
+        example_id = _id(given.get("example_id")) or row["example_id"]
         if example_id in seen:
             raise DataError(f"data.examples: {file.path} has the example_id {example_id!r} twice; make them unique")
         seen.add(example_id)
         yield {
             "example_id": example_id,
-            "prompt_id": str(given.get("prompt_id") or example_id),
+            "prompt_id": _id(given.get("prompt_id")) or example_id,
             "instruction": row["instruction"],
             "response": row["response"] or "",
         }
+
+
+def _id(cell: Any) -> str:
+    """A cell that names a row; empty for none. Whole numbers that pandas made floats of are whole again."""
+    if cell is None or cell != cell:
+        return ""
+    return str(int(cell) if isinstance(cell, float) and cell.is_integer() else cell)
 
 
 def _text(where: str, row: dict[str, Any], column: str) -> str:

@@ -183,7 +183,10 @@ def _tune(config: Config, name: str, teacher: str) -> list[Stage]:
             Stage(
                 name=candidates, output=candidates, body=synthesize.synthesize_candidates, schema=columns.CANDIDATES,
                 inputs=(probing_set, teacher), teacher=teacher, rows=config.split.probing,
-                settings=("seed", "synthesize.responses", "pool.dtype", "tune_teacher.candidates", "split.probing"),
+                settings=(
+                    "seed", "synthesize.responses", "synthesize.drop_truncated", "pool.dtype",
+                    "tune_teacher.candidates", "split.probing",
+                ),
             )
         )  # fmt: skip
     grades = _grade(config, name, probed)

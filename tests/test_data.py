@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from montessori_ray.config import DataFile
-from montessori_ray.data import read_rows, require_disjoint
+from montessori_ray.data import read_examples, read_rows, require_disjoint
 from montessori_ray.errors import DataError
 from montessori_ray.synthesis.deduplication import NearDuplicates
 
@@ -285,3 +285,14 @@ def test_no_shipped_instruction_repeats_another_in_any_of_the_files() -> None:
             match = kept.most_similar(instruction)
             assert match is None, f"{name}: {instruction!r} repeats {match}"
             kept.add(instruction)
+
+
+def test_ids_of_examples_are_kept_whatever_pandas_made_of_them(tmp_path: Path) -> None:
+    """An index begins with 0, and one missing number makes floats of the others."""
+    rows = [
+        {"example_id": number, "prompt_id": None if number == 3 else float(number // 2), "instruction": f"Do {number}."}
+        for number in range(4)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    found = list(read_examples(DataFile(path=str(tmp_path / "rows.parquet"))))
+    assert [(row["example_id"], row["prompt_id"]) for row in found] == [("0", "0"), ("1", "0"), ("2", "1"), ("3", "3")]

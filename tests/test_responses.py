@@ -21,9 +21,10 @@ from montessori_ray.errors import ModelError
 from montessori_ray.loop import stages_of
 from montessori_ray.stages import synthesize
 from montessori_ray.stages.base import StageContext
-from montessori_ray.stages.schemas import INSTRUCTIONS, RESPONSES
-from montessori_ray.synthesis.client import GenerationRequest
+from montessori_ray.stages.schemas import EXAMPLES, INSTRUCTIONS, RESPONSES
+from montessori_ray.synthesis.client import GenerationRequest, Sample
 from montessori_ray.telemetry.progress import ProgressChannel
+from tests.tiny import write_student
 
 CONFIG = load_config(Path(__file__).parents[1] / "configs/quickstart.yaml")
 STAGE = {stage.name: stage for stage in stages_of(CONFIG)}["iteration_00/responses"]
@@ -89,3 +90,54 @@ def test_what_a_user_did_wrong_is_said_in_its_own_words(context: StageContext) -
         pytest.raises(ModelError, match=r"^a prompt of 90 tokens does not fit: raise"),
     ):
         synthesize.synthesize_responses(refused)
+
+
+class Answering:
+    """A client of the pool whose answers are cut where they are odd; it is killed after so many requests."""
+
+    def __init__(self, killed_after: int | None = None) -> None:
+        self.killed_after = killed_after
+
+    def generate_all(self, requests: Iterable[GenerationRequest], *, concurrency: int) -> Iterator[Any]:
+        for number, request in enumerate(requests):
+            if number == self.killed_after:
+                raise KeyboardInterrupt
+            cut = ["length" if "odd" in request.prompt or position == 1 else "stop" for position in range(request.n)]
+            yield number, [Sample(text="Yes.", finish_reason=reason, num_tokens=2) for reason in cut]
+
+
+@pytest.mark.parametrize("killed_after", [None, 1, 2, 3])
+@pytest.mark.parametrize("drop_truncated", [True, False])
+def test_cut_candidates_are_left_out_where_cut_responses_are(
+    tmp_path: Path, killed_after: int | None, drop_truncated: bool
+) -> None:
+    settings = [
+        "tune_teacher.tunes=response",
+        "tune_teacher.candidates=3",
+        "split.probing=12",
+        "pair.threshold=siblings",
+    ]
+    settings += [f"synthesize.drop_truncated={drop_truncated}", "synthesize.commit_prompts=1"]
+    config = load_config(Path(__file__).parents[1] / "configs/quickstart.yaml", settings)
+    stage = {stage.name: stage for stage in stages_of(config)}["iteration_00/candidates"]
+    run = Run(str(tmp_path / "run"))
+    probing, teacher = (run.artifact(name) for name in stage.inputs)
+    for artifact in (probing, teacher):
+        artifact.begin(Identity(stage=artifact.name, settings={}, inputs={}))
+    asked = [{"example_id": text, "instruction": text} for text in ("a", "odd b", "c", "odd d")]
+    probing.append(pa.Table.from_pylist(asked, schema=EXAMPLES))
+    probing.commit(details={}, seconds=0.0, columns={"example_id": "string"})
+    with teacher.model_writer() as folder:
+        write_student(folder)
+    teacher.commit(details={}, seconds=0.0)
+    context = StageContext(
+        stage=stage, config=config, run=run, progress=ProgressChannel(stage.name, None), note=lambda *_, **__: None,
+        client=cast("Any", Answering(killed_after)),
+    )  # fmt: skip
+    if killed_after is not None:
+        with pytest.raises(KeyboardInterrupt):
+            synthesize.synthesize_candidates(context)
+    synthesize.synthesize_candidates(replace(context, client=cast("Any", Answering())))
+    kept = [f"{text}-r{position}" for text in ("a", "c") for position in (0, 2)]
+    everything = [f"{row['example_id']}-r{position}" for row in asked for position in range(3)]
+    assert context.output.column("example_id") == (kept if drop_truncated else everything)

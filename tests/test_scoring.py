@@ -124,7 +124,8 @@ def test_tables_of_scores() -> None:
         "quarantined": {"empty response": 1},
         "recheck": {"points": 2, "noise": 0.01, "same_sign": 1.0, "spearman": None},
     }  # fmt: skip
-    histogram, ends, sentence = influence_tables(details, rows, {str(number): f"do {number}" for number in range(3)})
+    examples = [{"example_id": str(number), "instruction": f"do {number}"} for number in range(3)]
+    histogram, ends, sentence = influence_tables(details, lambda: iter(rows), examples)
     assert sum(int(cell) for cell in histogram.columns[1].cells) == 3  # type: ignore[union-attr]
     assert list(ends.columns[0].cells) == ["-2.00e+00 ± 1.0e-01", "-1.00e+00", "+1.00e+00"]  # type: ignore[union-attr]
     assert "3 scored, 67% help" in str(sentence)

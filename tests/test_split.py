@@ -10,11 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from montessori_ray.config import Evaluate, Synthesize
+from montessori_ray.config import Evaluate, Split, Synthesize
+from montessori_ray.errors import DataError
 from montessori_ray.stages.split import (
     apart,
     make_fresh_set,
+    make_probing_set,
     make_training_set,
+    make_warmup_set,
     most_helpful,
     split_examples,
     usable,
@@ -125,6 +128,40 @@ def test_best_of_n_takes_the_best_of_each_prompt_before_the_second_best() -> Non
 def test_a_token_budget_ends_the_training_set(budget: int | None, kept: int) -> None:
     rows = [{"num_tokens": count} for count in (10, 20, 30, 40)]
     assert list(within_tokens(rows, budget)) == rows[:kept]
+
+
+def test_one_long_answer_does_not_end_the_training_set() -> None:
+    counts = [10, 500, 20, 500, 30, 35, 6, 2]
+    chosen = within_tokens([{"num_tokens": count} for count in counts], 100)
+    assert [row["num_tokens"] for row in chosen] == [10, 20, 30, 35], "with 95 of 100 one that does not fit ends it"
+
+
+def test_a_budget_below_every_answer_is_said() -> None:
+    rows = [{"example_id": "a", "prompt_id": "p", "instruction": "Name a river.", "response": "The Inn.",
+             "finish_reason": "stop", "num_tokens": 30}]  # fmt: skip
+    context = context_of([rows, [{"instruction": "Say no."}], [{"instruction": "Say yes."}]], [])
+    context.config.training_tokens = 20
+    with pytest.raises(DataError, match="training_tokens is 20, and the shortest of 1 responses has 30: raise it"):
+        make_training_set(context)
+
+
+@pytest.mark.parametrize("by", ["prompt", "example"])
+@pytest.mark.parametrize(("cut", "sizes"), [(0, [40, 60]), (4, [40, 56]), (50, [20, 30])])
+def test_where_many_answers_cannot_be_used_both_sets_shrink(cut: int, sizes: list[int], by: str) -> None:
+    rows = [
+        {"example_id": str(number), "prompt_id": str(number // 2), "instruction": f"Name {number} rivers.",
+         "response": "The Inn.", "finish_reason": "length" if number < cut else "stop", "num_tokens": 3}
+        for number in range(100)
+    ]  # fmt: skip
+    stored = []
+    for make in (make_warmup_set, make_probing_set):
+        context = context_of([rows, [{"instruction": "Say yes."}]], kept := [])
+        context.config.split = Split(warmup=40, probing=60, by=by)
+        context.config.synthesize = Synthesize(drop_truncated=True, duplicate_rouge_l=1.0)
+        make(context)
+        stored.append([row["example_id"] for row in kept])
+    assert [len(ids) for ids in stored] == sizes
+    assert not set(stored[0]) & set(stored[1])
 
 
 def test_rows_near_a_reference_row_are_left_out() -> None:

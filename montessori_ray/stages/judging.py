@@ -12,6 +12,7 @@ from montessori_ray.errors import ModelError
 from montessori_ray.in_order import in_order
 from montessori_ray.stages.base import AnySettings, Stage, StageContext
 from montessori_ray.synthesis.client import GenerationRequest
+from montessori_ray.templates import apply_template
 
 if TYPE_CHECKING:
     from montessori_ray.evaluation.endpoint import Ask, Conversation, Reply
@@ -96,4 +97,4 @@ def _in_pool(context: StageContext, settings: Judge, model: int) -> Ask:
 
 def rendered(tokenizer: Any, conversation: list[dict[str, str]]) -> str:
     """The conversation in the tokenizer's chat template, up to where the model's answer begins."""
-    return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+    return str(apply_template(tokenizer, conversation, tokenize=False, add_generation_prompt=True))

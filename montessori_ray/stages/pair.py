@@ -60,6 +60,8 @@ def _scored_samples(context: StageContext) -> Iterator[dict[str, Any]]:
     if len(context.stage.inputs) > 2:
         grades = {row["example_id"]: row["grade"] for row in context.input(2).rows(["example_id", "grade"])}
         scores = {id: row | {"grade": grades[id]} for id, row in scores.items() if grades.get(id) is not None}
+    prompt = ""
     for row in context.input(1).rows(["example_id", "prompt_id", "prompt", "raw_output"]):
+        prompt = prompt if row["prompt"] == prompt else row["prompt"]  # siblings share one, in memory too
         if row["example_id"] in scores:
-            yield row | scores[row["example_id"]]
+            yield row | scores[row["example_id"]] | {"prompt": prompt}

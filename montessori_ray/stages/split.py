@@ -87,7 +87,13 @@ def make_training_set(context: StageContext) -> dict[str, Any]:
         scores = context.input(3).rows(["example_id", "influence"])
         influence = {row["example_id"]: row["influence"] for row in scores if row["influence"] is not None}
         rows = most_helpful(rows, influence, config.training_set)
-    chosen = list(within_tokens(islice(rows, config.training_set), config.training_tokens))
+    candidates = list(islice(rows, config.training_set))
+    chosen = list(within_tokens(candidates, config.training_tokens))
+    if candidates and not chosen:
+        raise DataError(
+            f"{context.stage.output} would be empty: training_tokens is {config.training_tokens}, and the shortest of "
+            f"{len(candidates)} responses has {min(row['num_tokens'] for row in candidates)}: raise it"
+        )
     details = _append(context, chosen, config.training_set if config.training_tokens is None else 0)
     tokens = sum(row["num_tokens"] for row in chosen)
     if config.training_tokens and tokens < 0.95 * config.training_tokens:
@@ -111,13 +117,23 @@ def most_helpful(rows: Iterable[Row], influence: Mapping[str, float], count: int
     return [row for row in scored if row["example_id"] in chosen]
 
 
+NEARLY_SPENT = 0.9
+"""Share of a token budget that may be left where a row does not fit."""
+
+
 def within_tokens(rows: Iterable[Row], budget: int | None) -> Iterator[Row]:
-    """The first rows whose response tokens together stay within a budget; all where there is none."""
+    """The first rows whose response tokens together stay within a budget; all where there is none.
+
+    A row that does not fit ends them where the budget is nearly spent, and else is left out: one long answer must not
+    decide how much there is to learn from.
+    """
     spent = 0
     for row in rows:
+        if budget is not None and spent + row["num_tokens"] > budget:
+            if spent >= NEARLY_SPENT * budget:
+                return
+            continue
         spent += row["num_tokens"]
-        if budget is not None and spent > budget:
-            return
         yield row
 
 
@@ -126,14 +142,26 @@ def make_fresh_set(context: StageContext) -> dict[str, Any]:
     return _append(context, islice(_candidates(context), context.config.evaluate.fresh), context.config.evaluate.fresh)
 
 
+ENOUGH = 0.9
+"""Share of the probing set below which the warm-up set gives up its part of what is missing."""
+
+
 def _store(context: StageContext, which: int) -> dict[str, Any]:
+    """One of the two sets; where there are much fewer rows than both ask for, each has its share of them."""
     split = context.config.split
-    sets = split_examples(
-        _candidates(context), first=split.warmup, second=split.probing, by_prompt=split.by == "prompt"
-    )
+    sets = _split(context, split.warmup, split.probing)
+    if len(sets[1]) < ENOUGH * split.probing:
+        share = split.warmup / (split.warmup + split.probing)
+        found = len(sets[0]) + len(sets[1])
+        sets = _split(context, round(share * found), found - round(share * found))
     wanted = set(sets[which])
     rows = (row for row in context.input(0).rows() if row["example_id"] in wanted)
     return _append(context, rows, (split.warmup, split.probing)[which])
+
+
+def _split(context: StageContext, first: int, second: int) -> tuple[list[str], list[str]]:
+    by_prompt = context.config.split.by == "prompt"
+    return split_examples(_candidates(context), first=first, second=second, by_prompt=by_prompt)
 
 
 def _append(context: StageContext, rows: Iterable[Row], wanted: int) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from montessori_ray.artifacts.storage import rows_of
 from montessori_ray.config import Sampling
 from montessori_ray.errors import UserError
 from montessori_ray.stages.base import StageContext
+from montessori_ray.stages.judging import rendered
 from montessori_ray.stages.schemas import RESPONSES
 from montessori_ray.synthesis.client import GenerationRequest, PoolClient
 from montessori_ray.synthesis.instructions import KEPT, InstructionWriter
@@ -174,7 +175,8 @@ def synthesize_candidates(context: StageContext) -> dict[str, Any]:
     """Several responses to each of the first probed instructions, so that responses can be compared (paper, ablations).
 
     Inputs: the probing set and the teacher that answers. As many instructions are answered as give about the probing
-    set's number of examples; every few instructions are committed, in order.
+    set's number of examples; every few instructions are committed, in order. Those with `synthesize.drop_truncated` in
+    which every answer is cut have no row, and are answered again where a killed stage goes on just there.
     """
     from transformers import AutoTokenizer  # late: see stages/__init__.py
 
@@ -183,13 +185,9 @@ def synthesize_candidates(context: StageContext) -> dict[str, Any]:
     wanted = math.ceil(config.split.probing / count)
     probed = list(islice(context.input(0).rows(["example_id", "instruction"]), wanted))
     tokenizer = AutoTokenizer.from_pretrained(context.model(1))
-    todo = probed[len(set(context.output.column("prompt_id"))) :]
-    texts: Any = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": row["instruction"]}], tokenize=False, add_generation_prompt=True
-        )
-        for row in todo
-    ]
+    answered = set(context.output.column("prompt_id"))
+    todo = probed[max((at for at, row in enumerate(probed, 1) if row["example_id"] in answered), default=0) :]
+    texts = [rendered(tokenizer, [{"role": "user", "content": row["instruction"]}]) for row in todo]
     requests = [
         request_for(text, sampling, count, seed_of(row["example_id"], config.seed), ())
         for row, text in zip(todo, texts, strict=True)
@@ -206,6 +204,7 @@ def synthesize_candidates(context: StageContext) -> dict[str, Any]:
                 "response": sample.text.strip(),
             }
             for position, sample in enumerate(samples)
+            if not (config.synthesize.drop_truncated and sample.finish_reason == "length")
         ]
         if len(uncommitted) >= config.synthesize.commit_prompts * count or number == len(todo) - 1:
             context.append(uncommitted)

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs import TokensPrompt
@@ -28,6 +28,8 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from montessori_ray.config import Pool
 from montessori_ray.errors import ModelError
 from montessori_ray.synthesis.client import GenerationRequest, Sample
+from montessori_ray.templates import apply_template
+from montessori_ray.training.chat import context_of
 
 _GIB = 2**30
 
@@ -88,7 +90,7 @@ class TeacherEngine:
         if not request.is_message:
             return request.prompt
         chat = [{"role": "user", "content": request.prompt}]
-        return str(self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+        return str(apply_template(self._tokenizer, chat, tokenize=False, add_generation_prompt=True))
 
     async def _final_output(self, token_ids: list[int], params: SamplingParams) -> RequestOutput:
         outputs = self._engine.generate(TokensPrompt(prompt_token_ids=token_ids), params, uuid.uuid4().hex)
@@ -127,7 +129,7 @@ def _engine_arguments(model_dir: str, pool: Pool) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "model": model_dir,
         "dtype": pool.dtype,
-        "max_model_len": _context(model_dir, pool),
+        "max_model_len": context_of(model_dir, pool.max_model_len),
         "max_num_seqs": pool.max_num_seqs,
         "enable_prefix_caching": True,
         "disable_log_stats": True,
@@ -149,12 +151,6 @@ def _engine_arguments(model_dir: str, pool: Pool) -> dict[str, Any]:
     if kv_cache_gb is not None:
         arguments["kv_cache_memory_bytes"] = int(kv_cache_gb * _GIB)
     return arguments | pool.engine
-
-
-def _context(model_dir: str, pool: Pool) -> int:
-    """Tokens of the engine's context: a student that answers in the pool may have a shorter one than the teacher."""
-    limit = getattr(AutoConfig.from_pretrained(model_dir).get_text_config(), "max_position_embeddings", None)
-    return min(pool.max_model_len, limit or pool.max_model_len)
 
 
 def _sampling_params(request: GenerationRequest, turn_ends: Iterable[int]) -> SamplingParams:

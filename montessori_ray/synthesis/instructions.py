@@ -141,7 +141,8 @@ class InstructionWriter:
             raise DataError(
                 f"{samples - self.num_kept} of {samples} samples were rejected ({reasons}), above "
                 "synthesize.max_rejected: a small teacher needs synthesize.prompt_style=prefill, many duplicates need "
-                "more seeds or a higher temperature"
+                "more seeds or a higher temperature, and bad_start is what does not begin with an ASCII letter or "
+                "digit, as in many languages, which the paper's filters reject"
             )
 
     def _status(self, instruction: str | None, shots: Sequence[str]) -> str:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from montessori_ray.templates import apply_template
+
 OPEN_TAG = "<instruction>"
 CLOSE_TAG = "</instruction>"
 
@@ -179,6 +181,7 @@ class ChatTokenizer(Protocol):
         tokenize: bool,
         add_generation_prompt: bool,
         continue_final_message: bool,
+        **variables: Any,
     ) -> Any:
         """The chat as one text when `tokenize` is false."""
 
@@ -189,7 +192,8 @@ def render(tokenizer: ChatTokenizer, style: PromptStyle, shots: Sequence[str]) -
     Raises ValueError (from transformers) when the tokenizer has no chat template or its template alters the
     assistant's message.
     """
-    text: str = tokenizer.apply_chat_template(
+    text: str = apply_template(
+        tokenizer,
         style.messages(shots),
         tokenize=False,
         add_generation_prompt=not style.continues_assistant,

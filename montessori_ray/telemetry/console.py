@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import textwrap
 import time
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from heapq import nlargest, nsmallest
 from math import floor, log10
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -293,19 +296,30 @@ def said_of_win_rate(details: dict[str, Any]) -> str:
 
 BINS = 15
 BAR = 40
+SHOWN = 5
+"""Examples at either end of the distribution."""
 
 
 def influence_tables(
-    details: dict[str, Any], rows: Sequence[dict[str, Any]], instructions: Mapping[str, str]
+    details: dict[str, Any], rows: Callable[[], Iterable[dict[str, Any]]], examples: Iterable[Mapping[str, str]]
 ) -> list[Table | Text]:
-    """The distribution of influence, its most helpful and most harmful examples, and how sure the scores are."""
-    scored = sorted((row for row in rows if row["influence"] is not None), key=lambda row: row["influence"])
-    if not scored:
+    """The distribution of influence, its most helpful and most harmful examples, and how sure the scores are.
+
+    Args:
+        details: of the score stage.
+        rows: gives the score rows, each time it is called; there may be more than fit into memory.
+        examples: rows with `example_id` and `instruction`.
+    """
+    influences = array("d", (row["influence"] for row in rows() if row["influence"] is not None))
+    if not influences:
         return [Text(f"no example has a score: {details['quarantined']}")]
-    low, high = scored[0]["influence"], scored[-1]["influence"]
+    low, high = min(influences), max(influences)
     counts = [0] * BINS
-    for row in scored:
-        counts[min(BINS - 1, int((row["influence"] - low) / ((high - low) or 1.0) * BINS))] += 1
+    for influence in influences:
+        counts[min(BINS - 1, int((influence - low) / ((high - low) or 1.0) * BINS))] += 1
+    shown = _ends(rows, len(influences))
+    ids = {row["example_id"] for row in shown}
+    instructions = {row["example_id"]: row["instruction"] for row in examples if row["example_id"] in ids}
     histogram = Table(title="Influence (negative helps)", box=box.SIMPLE_HEAD, title_justify="left")
     histogram.add_column("from", justify="right")
     histogram.add_column("examples", justify="right")
@@ -317,10 +331,22 @@ def influence_tables(
     ends = Table(title="Most helpful and most harmful", box=box.SIMPLE_HEAD, title_justify="left")
     ends.add_column("influence", justify="right", no_wrap=True, min_width=19)
     ends.add_column("instruction", overflow="ellipsis", no_wrap=True)
-    for row in [*scored[:5], *scored[-5:]] if len(scored) > 10 else scored:
+    for row in shown:
         error = "" if row["influence_se"] is None else f" ± {row['influence_se']:.1e}"
         ends.add_row(f"{row['influence']:+.2e}{error}", " ".join(instructions[row["example_id"]].split())[:90])
     return [histogram, ends, Text(_said_of_scores(details))]
+
+
+def _ends(rows: Callable[[], Iterable[dict[str, Any]]], count: int) -> list[dict[str, Any]]:
+    """The most helpful and the most harmful rows, by influence; all where there are few."""
+
+    def scored() -> Iterator[dict[str, Any]]:
+        return (row for row in rows() if row["influence"] is not None)
+
+    by_influence = itemgetter("influence")
+    if count <= 2 * SHOWN:
+        return sorted(scored(), key=by_influence)
+    return [*nsmallest(SHOWN, scored(), key=by_influence), *nlargest(SHOWN, scored(), key=by_influence)[::-1]]
 
 
 def _said_of_scores(details: dict[str, Any]) -> str:

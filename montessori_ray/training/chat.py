@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from montessori_ray.config import template_text
 from montessori_ray.errors import ModelError
+from montessori_ray.templates import apply_template
 
 IGNORED = -100
 """Label of a token whose loss is not asked for; torch's cross entropy leaves it out."""
@@ -89,8 +90,12 @@ class ChatFormat:
 
     def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:
         try:
-            ids: list[int] = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
+            ids: list[int] = apply_template(
+                self.tokenizer,
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=True,
+                return_dict=False,
             )
         except TemplateError as error:
             raise ModelError(f"the chat template cannot render a user's turn and an answer: {error}") from None
@@ -118,6 +123,12 @@ def collate(encoded: Sequence[Encoded], pad_token_id: int) -> dict[str, Tensor]:
         attention_mask_BL[row, :size] = 1
         labels_BL[row, :size] = torch.tensor(example.labels)
     return {"input_ids": input_ids_BL, "attention_mask": attention_mask_BL, "labels": labels_BL}
+
+
+def context_of(model: Path | str, at_most: int) -> int:
+    """Tokens of the context in which the pool serves a model: students may have a shorter one than the teacher."""
+    limit = getattr(AutoConfig.from_pretrained(model).get_text_config(), "max_position_embeddings", None)
+    return min(at_most, limit or at_most)
 
 
 def load_tokenizer(model: Path | str, chat_template: str | None, role: str = "student") -> Any:

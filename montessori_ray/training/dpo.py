@@ -46,6 +46,7 @@ from montessori_ray.config import TuneTeacher
 from montessori_ray.errors import DataError
 from montessori_ray.preferences import Pair, split_by_prompt
 from montessori_ray.telemetry.progress import ProgressChannel
+from montessori_ray.templates import apply_template
 from montessori_ray.training.ray_train import run_training
 from montessori_ray.training.student_state import save_weights
 
@@ -232,7 +233,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     """
     mark = "montessori"
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
-    text = cast("str", tokenizer.apply_chat_template(chat, tokenize=False))
+    text = cast("str", apply_template(tokenizer, chat, tokenize=False))
     ending = token_ids(tokenizer, text[text.rindex(mark) + len(mark) :].strip())
     return ending[0] if ending else cast("int", tokenizer.eos_token_id)
 
