@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from montessori_ray.artifacts.storage import cache_folder
 from montessori_ray.errors import ModelError
 from montessori_ray.training.adapters import ADAPTER_CONFIG, copy_base, has_adapter
-from montessori_ray.training.chat import load_tokenizer
+from montessori_ray.training.chat import load_tokenizer, open_tokenizer
 
 EMBEDDED = "embedded:"
 """Prefix of models that an installed package carries."""
@@ -278,7 +278,7 @@ def prune_layers(model_dir: Path, layers: Sequence[int], output: Path) -> None:
             setattr(config, key, [value[index] for index in kept])
     config.num_hidden_layers = len(kept)
     model.save_pretrained(output)
-    AutoTokenizer.from_pretrained(model_dir).save_pretrained(output)
+    open_tokenizer(model_dir).save_pretrained(output)
 
 
 def _decoder_layers(model: nn.Module, count: int) -> tuple[nn.Module, str, nn.ModuleList]:

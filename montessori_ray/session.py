@@ -20,7 +20,7 @@ from montessori_ray.errors import RunError, UserError
 from montessori_ray.stages.base import Stage, StageContext, identity_of
 from montessori_ray.synthesis.pool import TeacherPool
 from montessori_ray.telemetry.console import Console
-from montessori_ray.telemetry.events import EventLog
+from montessori_ray.telemetry.events import EventLog, read_events
 from montessori_ray.telemetry.monitor import StageMonitor
 from montessori_ray.telemetry.progress import ProgressBoard, ProgressChannel
 from montessori_ray.telemetry.trackers import Tracker, open_tracker
@@ -109,6 +109,8 @@ class Session:
             stage=stage, config=stage.config or self.config, run=self.run, note=self.note, client=client,
             progress=ProgressChannel(stage.name, self._board),
         )  # fmt: skip
+        if artifact.begun():
+            artifact.add_seconds(self._lost_seconds(stage.name))
         artifact.begin(identity_of(stage, self.config, self.run))
         self.events.write("stage_started", stage=stage.name)
         started = time.monotonic()
@@ -133,6 +135,17 @@ class Session:
         self.events.flush()
         self.console.finished(stage.name, manifest)
         self._remove_trainings(stage)
+
+    def _lost_seconds(self, stage: str) -> float:
+        """How long the last session that worked on a stage did so, if it was killed before it could say so."""
+        lost = started = last = 0.0
+        for event in read_events(self.run.storage):
+            if event["event"] == "session_started":
+                lost, started = (last - started if started else lost), 0.0
+            elif event.get("stage") == stage and event["event"].startswith("stage_"):
+                lost, started = 0.0, event["time"] if event["event"] == "stage_started" else 0.0
+            last = event["time"]
+        return lost
 
     def _remove_trainings(self, stage: Stage) -> None:
         """The stage is done, so a failure here must not end the session."""

@@ -36,14 +36,6 @@ def test_a_template_that_prints_the_date_prints_one_date(tokenizer: Any) -> None
 
 
 def test_nor_do_losses_depend_on_the_day(tokenizer: Any) -> None:
-    shown: list[Any] = []
-
-    class Watched:
-        eos_token_id, pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-
-        def apply_chat_template(self, messages: Any, **options: Any) -> Any:
-            shown.append(options["strftime_now"]("%Y"))
-            return tokenizer.apply_chat_template(messages, **options)
-
-    ChatFormat(Watched(), 64).encode("w1", "w2")
-    assert shown == ["2024", "2024"]
+    tokenizer.chat_template = DATED.replace("%d %b %Y", "w%d ")
+    ids = ChatFormat(tokenizer, 64).encode("w1", "w2").input_ids
+    assert tokenizer.convert_ids_to_tokens(ids) == ["w26", "<user>", "w1", "<end>", "<assistant>", "w2", "<end>"]

@@ -55,7 +55,8 @@ def length_controlled_win_rate(pairs: Sequence[Pair], scores: Mapping[str, float
     Returns:
         pairs: how many counted; win_rate, standard_error: shares, 0 to 1; length_effect: the regression's coefficient,
         above 0 where the judge prefers the longer answer; method; reason: why win_rate and the rest are None, which
-        they are for fewer than `MIN_PAIRS` pairs, where all answers differ by one length, and without the package.
+        they are for fewer than `MIN_PAIRS` pairs, where all answers differ by one length or all pairs ended alike,
+        where the regression's penalty leaves nothing of the differences, and without the package.
     """
     judged = [pair for pair in pairs if pair.example_id in scores]
     preference_R = np.array([scores[pair.example_id] for pair in judged])  # noqa: N806
@@ -68,13 +69,17 @@ def length_controlled_win_rate(pairs: Sequence[Pair], scores: Mapping[str, float
         reason = f"{len(judged)} judged pairs, {MIN_PAIRS} are needed to tell the effect of length from noise"
     elif not longer_R.std():
         reason = "every answer differs by the same length, so its effect cannot be told"
-    if reason is not None:
+    elif not preference_R.std():
+        reason = f"all {len(judged)} pairs ended alike, whatever the length of the answers"
+    fitted = None if reason else _fit(preference_R, longer_R / longer_R.std(ddof=1))
+    if fitted is None:
+        reason = reason or f"of {len(judged)} pairs the regression's penalty leaves nothing but a tie: judge more"
         return result | {"win_rate": None, "standard_error": None, "length_effect": None, "reason": reason}
-    return result | _fit(preference_R, longer_R / longer_R.std(ddof=1)) | {"reason": None}
+    return result | fitted | {"reason": None}
 
 
-def _fit(preference_R: Any, longer_R: Any) -> dict[str, float]:  # noqa: N803
-    """The package's regression, and its spread over bootstrap samples of the pairs."""
+def _fit(preference_R: Any, longer_R: Any) -> dict[str, float] | None:  # noqa: N803
+    """The package's regression, and its spread over bootstrap samples of the pairs; None if it has no coefficient."""
     import pandas as pd
     import sklearn
     from alpaca_eval.metrics import glm_winrate  # late: its import takes seconds
@@ -88,6 +93,8 @@ def _fit(preference_R: Any, longer_R: Any) -> dict[str, float]:  # noqa: N803
         warnings.simplefilter("ignore")  # on arguments it gives scikit-learn that a later version will not take
         design, test = glm_winrate.make_dmatrix_for_model(table, equal_lengths, formula=info["formula"])
         model = glm_winrate.fit_LogisticRegressionCV(design, "preference", is_ytrue_proba=True, **info["kwargs"])
+        if not model.coef_.any():
+            return None
         strength = float(np.ravel(model.C_)[0])
         rates = []
         for _ in range(RESAMPLES):

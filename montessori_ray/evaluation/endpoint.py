@@ -52,6 +52,8 @@ class ChatEndpoint:
         if key is not None and not os.environ.get(key):
             raise ConfigError(f"the environment variable {key}, named by api_key_env, is not set: put the key in it")
         self._key = os.environ[key] if key else "none"  # the client insists on one
+        self._reasons = False
+        """Whether the model has refused a temperature, or a limit of tokens in its old name."""
 
     def __call__(self, conversations: Iterable[Conversation]) -> Iterator[Reply]:
         """Yield the replies in order, `concurrency` requests under way at once.
@@ -74,9 +76,7 @@ class ChatEndpoint:
         settings, messages = self._settings, _typed(conversation)
         where = f"{settings.base_url} (model {settings.model})"
         try:
-            completion = await client.chat.completions.create(
-                model=settings.model, messages=messages, temperature=0, max_tokens=settings.max_tokens
-            )
+            completion = await self._complete(client, messages)
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             return Reply(error.message, refused=True)
         except openai.NotFoundError as error:
@@ -90,7 +90,26 @@ class ChatEndpoint:
                 f"{where} gave no answer in {MAX_RETRIES + 1} attempts ({type(error).__name__}: {error.message}): what "
                 "was answered before is kept, give the same command again when it is back"
             ) from None
+        if not getattr(completion, "choices", None):  # some proxies say of an error that all is well
+            said = getattr(completion, "error", None) or str(completion)[:200]
+            raise ResourceError(
+                f"{where} answered without a reply ({said}): what was answered before is kept, give the same command "
+                "again when it is back"
+            )
         return Reply(completion.choices[0].message.content or "")
+
+    async def _complete(self, client: openai.AsyncOpenAI, messages: Any) -> Any:
+        """Ask with the options every server knows, or where they are refused as models that reason want them."""
+        limit = self._settings.max_tokens
+        plain: dict[str, Any] = {"temperature": 0, "max_tokens": limit}
+        while True:
+            options = {"max_completion_tokens": limit} if self._reasons else plain
+            try:
+                return await client.chat.completions.create(model=self._settings.model, messages=messages, **options)
+            except openai.BadRequestError as error:
+                if options is not plain or not any(name in error.message for name in plain):
+                    raise
+                self._reasons = True
 
 
 def _typed(conversation: Conversation) -> Any:

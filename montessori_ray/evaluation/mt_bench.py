@@ -35,7 +35,8 @@ Rating: <number>
 REFERENCE = """ An answer that is known to be right is shown after the conversation; do not take off points for being \
 written differently."""
 
-_RATING = re.compile(r"(?i:rating)\W*(\d+(?:\.\d+)?)")
+_RATING = re.compile(r"(?i:rating)(?:\s*\([^)]*\))?\W*(\d+(?:\.\d+)?)")
+"""A scale may stand in brackets before the grade."""
 
 WHICH = ("first", "second")
 
@@ -250,7 +251,7 @@ def _judged(question: Question, turn: int, answers: tuple[str, str]) -> Conversa
 
 def _rows(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"cannot read {path} as JSONL: {error}") from None
     for number, row in enumerate(rows):

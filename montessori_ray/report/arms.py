@@ -137,9 +137,11 @@ def section(found: Arms | None) -> Markup | None:
     if found is None:
         return None
     drawn = [_forest(found, measure) for measure in MEASURES if any(arm.difference for arm in found.of(measure))]
+    several = any(arm.models > 1 for arm in found.of("held_out_loss"))
+    held = "other rows and seeds" if several else "other rows, not for other seeds"
     note = (
         f"All arms share everything but one choice; differences are from {named(found.against)}. Losses are paired by "
-        f"row and seed, and their intervals hold for other rows and seeds; {_said_of_influence(found)} Lower is better."
+        f"row and seed, and their intervals hold for {held}; {_said_of_influence(found)} Lower is better."
     )
     if found.of("fresh_influence_alone"):
         note += (
@@ -175,7 +177,7 @@ def _forest(found: Arms, measure: str) -> Markup:
         )
         for arm, change in changed
     ]  # fmt: skip
-    plot = plots.forest(f"arms-{measure}", f"{title}: difference by arm", rows, xlabel=unit)
+    plot = plots.forest(f"arms-{measure}", f"{title}: difference by arm", rows, xlabel=unit, scale=scale)
     caption = "Lines are 95 % intervals. A hollow grey mark is a difference within noise."
     return figure(f"{title} against {named(found.against)}", plot, caption)
 

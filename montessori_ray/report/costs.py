@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from montessori_ray.report.source import Source
 from montessori_ray.stages.base import bundles_of
+from montessori_ray.telemetry.events import read_events
 
 WORK = {
     "instructions": "synthesis",
@@ -117,7 +118,7 @@ def _by_work(stages: Sequence[Stage], outside: float) -> dict[str, float]:
 def _sessions(source: Source) -> list[float]:
     """Seconds of each session that finished a stage or tried to; a killed one ends with its last event."""
     found: list[tuple[float, float, bool]] = []
-    for event in source.events:
+    for event in read_events(source.run.storage):  # how far a stage is, too: it is the last a killed one has said
         if event["event"] == "session_started":
             found.append((event["time"], event["time"], False))
         elif found:

@@ -34,7 +34,7 @@ SHORT = 0.01
 def tuning(report: Report) -> Markup | None:
     """DPO: its curves, and pairs kept out of training before and after."""
     metrics = (
-        ("loss", "DPO loss", "loss"),
+        ("loss", "Loss while tuning", "loss"),
         ("reward_margin", "Reward margin", "chosen less rejected"),
         ("reward_accuracy", "Reward accuracy", "share of pairs"),
     )

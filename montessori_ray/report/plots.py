@@ -78,7 +78,14 @@ class Curve:
 
 
 def forest(
-    name: str, title: str, rows: Sequence[Interval], *, xlabel: str, zero: bool = True, lower_helps: bool = True
+    name: str,
+    title: str,
+    rows: Sequence[Interval],
+    *,
+    xlabel: str,
+    scale: Scale | None = None,
+    zero: bool = True,
+    lower_helps: bool = True,
 ) -> Markup:
     """Estimates with their intervals, one below the other.
 
@@ -87,10 +94,11 @@ def forest(
         title: what is shown, for screen readers.
         rows: from top to bottom.
         xlabel: quantity and unit.
+        scale: of the axis and of the rows' notes; None takes one that fits the intervals.
         zero: they are differences: a line at zero, and colour only where the interval excludes it.
         lower_helps: which side of zero is the helpful one.
     """
-    scale = Scale.of(*(end for row in rows for end in (row.low, row.high)))
+    scale = scale or Scale.of(*(end for row in rows for end in (row.low, row.high)))
     with axes(_rows_height(len(rows))) as drawn:
         for position, row in enumerate(rows):
             role = _role_of(row, lower_helps) if zero else "helpful"

@@ -40,7 +40,7 @@ def synthesize_instructions(
         target: instructions to keep.
         learn_shots: later prompts show earlier generations too.
     """
-    from transformers import AutoTokenizer  # late: see stages/__init__.py
+    from montessori_ray.training.chat import open_tokenizer  # late: see stages/__init__.py
 
     settings = context.config.synthesize
     writer = InstructionWriter(
@@ -50,7 +50,7 @@ def synthesize_instructions(
     for _, rows in groupby(context.output.rows(), key=lambda row: row["prompt_id"]):
         writer.replay(list(rows))
     style = prompt_style(settings.prompt_style)
-    tokenizer = AutoTokenizer.from_pretrained(context.model(1))
+    tokenizer = open_tokenizer(context.model(1))
     digest = context.input(1).require().digest
     context.progress.update(writer.num_kept, target, unit="instructions")
     uncommitted: list[dict[str, Any]] = []
@@ -178,13 +178,13 @@ def synthesize_candidates(context: StageContext) -> dict[str, Any]:
     set's number of examples; every few instructions are committed, in order. Those with `synthesize.drop_truncated` in
     which every answer is cut have no row, and are answered again where a killed stage goes on just there.
     """
-    from transformers import AutoTokenizer  # late: see stages/__init__.py
+    from montessori_ray.training.chat import open_tokenizer  # late: see stages/__init__.py
 
     config = context.config
     sampling, count = config.synthesize.responses, config.tune_teacher.candidates
     wanted = math.ceil(config.split.probing / count)
     probed = list(islice(context.input(0).rows(["example_id", "instruction"]), wanted))
-    tokenizer = AutoTokenizer.from_pretrained(context.model(1))
+    tokenizer = open_tokenizer(context.model(1))
     answered = set(context.output.column("prompt_id"))
     todo = probed[max((at for at, row in enumerate(probed, 1) if row["example_id"] in answered), default=0) :]
     texts = [rendered(tokenizer, [{"role": "user", "content": row["instruction"]}]) for row in todo]

@@ -58,7 +58,9 @@ class TeacherEngine:
         settings = self._engine.vllm_config.model_config
         self._max_model_len: int = settings.max_model_len
         self._tokenizer = AutoTokenizer.from_pretrained(
-            settings.tokenizer, trust_remote_code=settings.trust_remote_code
+            settings.tokenizer,
+            trust_remote_code=settings.trust_remote_code,
+            mistral_format=False,  # see open_tokenizer
         )
         ending = SamplingParams()  # by vLLM's own rule
         ending.update_from_generation_config(settings.try_get_generation_config(), self._tokenizer.eos_token_id)

@@ -48,6 +48,7 @@ class ChatFormat:
         """`tokenizer` must have a chat template; use `load`."""
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self._turn_end = turn_end(tokenizer)
         # Right padding: positions of real tokens do not depend on the batch, and padding is never attended to.
         self.pad_token_id: int = (
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -84,7 +85,7 @@ class ChatFormat:
                 f"assistant's turn ({self.tokenizer.decode(prompt_ids)[-60:]!r}), so the response cannot be told from "
                 "the prompt: set student.chat_template to one that appends"
             )
-        ids = ids[: _end_of_turn(ids, start, self.tokenizer.eos_token_id)]
+        ids = ids[: _end_of_turn(ids, start, self._turn_end)]
         labels = [IGNORED] * start + ids[start:]
         return Encoded(ids[: self.max_length], labels[: self.max_length])
 
@@ -102,12 +103,40 @@ class ChatFormat:
         return ids
 
 
-def _end_of_turn(ids: list[int], start: int, eos_id: int | None) -> int:
+def end_of_turn(tokenizer: Any) -> int:
+    """The token that ends an assistant's message in the chat template; the tokenizer's EOS where nothing does.
+
+    The two differ for some models: Gemma ends a turn with <end_of_turn>, its EOS is <eos>.
+    """
+    mark = "montessori"
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+    text: str = apply_template(tokenizer, chat, tokenize=False)
+    ending = token_ids(tokenizer, text[text.rindex(mark) + len(mark) :].strip())
+    eos: int = tokenizer.eos_token_id
+    return ending[0] if ending else eos
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """As `end_of_turn`, if it is a token of its own and not the beginning of plain words, else EOS."""
+    try:
+        ending = end_of_turn(tokenizer)
+    except (TemplateError, ValueError):  # no turn can be rendered, or not with this mark; `encode` says what is wrong
+        return tokenizer.eos_token_id  # type: ignore[no-any-return]
+    return ending if ending in tokenizer.added_tokens_decoder else tokenizer.eos_token_id
+
+
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text whose special tokens are written out in it."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _end_of_turn(ids: list[int], start: int, turn_end_id: int | None) -> int:
     """Where the response ends: after its last end-of-turn token, or with the text if the template has none.
 
     What templates put behind that token (a line break, mostly) is never generated: the sampler has stopped before it.
     """
-    ends = [position for position in range(start, len(ids)) if ids[position] == eos_id]
+    ends = [position for position in range(start, len(ids)) if ids[position] == turn_end_id]
     return ends[-1] + 1 if ends else len(ids)
 
 
@@ -131,6 +160,12 @@ def context_of(model: Path | str, at_most: int) -> int:
     return min(at_most, limit or at_most)
 
 
+def open_tokenizer(model: Path | str) -> Any:
+    """The tokenizer of a model directory, as transformers has it. Of models with a `tekken.json` it would else take
+    Mistral's own, which knows no template and reads special tokens as plain text."""
+    return AutoTokenizer.from_pretrained(str(model), mistral_format=False)
+
+
 def load_tokenizer(model: Path | str, chat_template: str | None, role: str = "student") -> Any:
     """The tokenizer of a model directory with a chat template (Jinja text, a path, or None for its own); `role`, of
     the model, is for messages.
@@ -142,7 +177,7 @@ def load_tokenizer(model: Path | str, chat_template: str | None, role: str = "st
         where = socket.gethostname()
         raise ModelError(f"there is no folder {model} on {where}: models must lie where all nodes see them")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(model))
+        tokenizer = open_tokenizer(model)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"no tokenizer can be loaded from {model} ({reason}): save one there") from None

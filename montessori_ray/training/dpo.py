@@ -27,7 +27,6 @@ from datasets import Dataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -46,9 +45,9 @@ from montessori_ray.config import TuneTeacher
 from montessori_ray.errors import DataError
 from montessori_ray.preferences import Pair, split_by_prompt
 from montessori_ray.telemetry.progress import ProgressChannel
-from montessori_ray.templates import apply_template
+from montessori_ray.training.chat import end_of_turn, open_tokenizer, token_ids
 from montessori_ray.training.ray_train import run_training
-from montessori_ray.training.student_state import save_weights
+from montessori_ray.training.student_state import keep_processors, save_weights
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -136,7 +135,7 @@ def dpo_loop(settings: dict[str, Any]) -> dict[str, Any]:
     score_completions_only()
     # Ray Train has initialized torch.distributed; DeepSpeed must know before a ZeRO 3 model counts ranks as it loads.
     deepspeed.init_distributed()
-    tokenizer = AutoTokenizer.from_pretrained(told.model)
+    tokenizer = open_tokenizer(told.model)
     pairs = read_pairs(told.pairs)
     kept = drop_long_prompts(pairs, tokenizer, told.tuning.max_length)
     training, evaluation = split_by_prompt(kept, told.tuning.eval_fraction, told.seed)
@@ -219,23 +218,6 @@ def tokenize_pair(tokenizer: PreTrainedTokenizerBase, pair: Pair, ending: list[i
         chosen_ids=completion_ids(pair["chosen"]),
         rejected_ids=completion_ids(pair["rejected"]),
     )
-
-
-def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a text whose special tokens are written out in it."""
-    return cast("list[int]", tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends an assistant's message in the chat template; the tokenizer's EOS where nothing does.
-
-    The two differ for some models: Gemma ends a turn with <end_of_turn>, its EOS is <eos>.
-    """
-    mark = "montessori"
-    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
-    text = cast("str", apply_template(tokenizer, chat, tokenize=False))
-    ending = token_ids(tokenizer, text[text.rindex(mark) + len(mark) :].strip())
-    return ending[0] if ending else cast("int", tokenizer.eos_token_id)
 
 
 # -- the trainer ----------------------------------------------------------------------------------------------------
@@ -481,7 +463,7 @@ def save_teacher(trainer: TeacherTrainer, told: DpoSettings) -> None:
     """
     model = cast("PreTrainedModel", trainer.accelerator.unwrap_model(trainer.model))
     model.generation_config = GenerationConfig()  # saving one checks it strictly, which some published ones fail
-    tokenizer = AutoTokenizer.from_pretrained(told.model)
+    tokenizer = open_tokenizer(told.model)
     writes = trainer.is_world_process_zero()
     with Storage(told.output).folder_writer("") if writes else nullcontext(Path()) as folder:
         save_weights(trainer.model_wrapped, model, tokenizer, folder)
@@ -491,6 +473,7 @@ def save_teacher(trainer: TeacherTrainer, told: DpoSettings) -> None:
 
 def keep_configuration(told: DpoSettings, folder: Path) -> None:
     """The original's model and generation configuration, which the trainer changed (padding token, `use_cache`)."""
+    keep_processors(told.model, folder)
     config = AutoConfig.from_pretrained(told.model)
     config.dtype = torch.float32
     config.save_pretrained(folder)

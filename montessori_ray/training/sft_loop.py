@@ -40,7 +40,7 @@ from montessori_ray.training.chat import IGNORED, ChatFormat, Encoded, collate
 from montessori_ray.training.engine import build_engine, load_model, set_learning_rate
 from montessori_ray.training.ray_train import TrainingFailed
 from montessori_ray.training.sft import FineTuning
-from montessori_ray.training.student_state import save_optimizer, save_weights
+from montessori_ray.training.student_state import keep_processors, save_optimizer, save_weights
 
 CHECKPOINT_TAG = "engine"
 
@@ -94,6 +94,8 @@ def train(job: FineTuning) -> dict[str, Any]:
     if on_adapter(model) and dist.get_rank() == 0:
         copy_base(Path(job.model), Path(job.output))  # first: the tokenizer that is saved has the chat template
     save_weights(engine, model, chat.tokenizer, Path(job.output))
+    if dist.get_rank() == 0:
+        keep_processors(Path(job.model), Path(job.output))
     if job.keep_optimizer:
         save_optimizer(engine, model, training.optimizer, rate, Path(job.output))
     return {

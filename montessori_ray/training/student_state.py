@@ -6,6 +6,7 @@ Nothing in it tells how many ranks or which ZeRO stage made it: `influence` load
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -43,6 +44,12 @@ def save_weights(engine: Any, model: Any, tokenizer: Any, output: Path) -> None:
         model.save_pretrained(output, state_dict=state)
         tokenizer.save_pretrained(output)
     dist.barrier()
+
+
+def keep_processors(model: Path, output: Path) -> None:
+    """Copy a model's settings for images and the like, without which models that also see are not served."""
+    for file in model.glob("*processor*.json"):
+        shutil.copy(file, output)
 
 
 def save_optimizer(engine: Any, model: Any, settings: AdamWSettings, learning_rate: float, output: Path) -> None:

@@ -60,6 +60,11 @@ def test_what_cannot_be_told_is_none_with_the_reason() -> None:
     found = length_controlled_win_rate(pairs, scores)
     assert (found["win_rate"], found["pairs"]) == (None, 24)
     assert "24 judged pairs, 25 are needed" in found["reason"]
+    pairs, scores, _ = made_up(30, by_length=0.0, by_quality=0.0)
+    lost = length_controlled_win_rate(pairs, dict.fromkeys(scores, 0.0))
+    assert (lost["win_rate"], lost["reason"]) == (None, "all 30 pairs ended alike, whatever the length of the answers")
+    even = {name: (0.0, 1.0, 0.5)[number % 3] for number, name in enumerate(scores)}
+    assert "penalty leaves nothing but a tie: judge more" in length_controlled_win_rate(pairs, even)["reason"]
     alike = [Pair(str(i), "Why?", "same", "size") for i in range(30)]
     assert "same length" in length_controlled_win_rate(alike, dict.fromkeys(map(str, range(30)), 1.0))["reason"]
 

@@ -58,6 +58,24 @@ def test_a_refused_conversation_is_a_reply_and_the_others_go_on() -> None:
     assert "longer than the context" in replies[1].text
 
 
+def test_models_that_reason_are_asked_in_their_words() -> None:
+    """They take no temperature, and call the limit otherwise; what they refuse for good stays refused."""
+    answers = iter([(400, "Unsupported parameter: 'max_tokens' is not supported with this model"), "a", "b"])
+    with serving(lambda messages: next(answers)) as (url, requests):
+        replies = list(ChatEndpoint(settings(url, concurrency=1))(map(conversation, ["first", "second"])))
+    assert replies == [Reply("a"), Reply("b")]
+    assert [body.get("max_completion_tokens") for body in requests] == [None, 512, 512]
+    assert ["temperature" in body for body in requests] == [True, False, False]
+
+
+def test_a_reply_without_choices_is_an_error() -> None:
+    with (
+        serving(lambda messages: (200, "rate limited")) as (url, _),
+        pytest.raises(ResourceError, match=r"answered without a reply .*rate limited.*give the same command again"),
+    ):
+        list(ChatEndpoint(settings(url))([conversation("?")]))
+
+
 def test_a_busy_server_is_asked_again() -> None:
     answers = iter([(429, "busy"), (503, "starting"), "there"])
     with serving(lambda messages: next(answers)) as (url, requests):

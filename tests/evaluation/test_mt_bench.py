@@ -137,12 +137,12 @@ def test_a_score_is_one_judges(questions: Path, tmp_path: Path) -> None:
 
 
 def test_answers_travel_in_mt_benchs_format(tmp_path: Path) -> None:
-    answers = {81: ("Tee — heiß.", "Tee."), 101: ("4", "6")}
+    answers = {81: ("Tee — heiß.", "Tee."), 101: ("4", "6")} | {102: ("one\u2028two", "three\u0085four")}
     write_answers(tmp_path / "student.jsonl", answers, model="student")
-    rows = [json.loads(line) for line in (tmp_path / "student.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "student.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
     assert rows[0]["choices"] == [{"index": 0, "turns": ["Tee — heiß.", "Tee."]}]
     assert {row["model_id"] for row in rows} == {"student"}
-    assert len({row["answer_id"] for row in rows}) == 2
+    assert len({row["answer_id"] for row in rows}) == 3
     assert read_answers(tmp_path / "student.jsonl") == answers
 
 
@@ -150,7 +150,7 @@ def test_answers_travel_in_mt_benchs_format(tmp_path: Path) -> None:
     ("reply", "rating"),
     [
         ("Good.\nRating: 7", 7), ("Rating: [[10]]", 10), ("**Rating:** 8.5/10", 8.5), ("rating 3? No.\nRating: 4", 4),
-        ("Rating: 11", None), ("Rating: 0", None), ("Seven of ten.", None), ("", None),
+        ("Rating (1 to 10): 8", 8), ("Rating: 11", None), ("Rating: 0", None), ("Seven of ten.", None), ("", None),
     ],
 )  # fmt: skip
 def test_ratings_are_read(reply: str, rating: float | None) -> None:

@@ -65,6 +65,29 @@ def test_an_end_token_inside_the_response_does_not_end_it(tokenizer):
     assert encoded.input_ids[-4:] == ids("it <|end|> four <|end|>")
 
 
+def test_what_ends_a_turn_is_the_templates_not_the_tokenizers_eos(tokenizer):
+    """As Gemma's, Phi's and Qwen's base models have it: what follows is never generated, so it is not learned."""
+    tokenizer.chat_template, tokenizer.eos_token = CHATML, "<s>"
+    encoded = ChatFormat(tokenizer, 100).encode("what is two", "it is four")
+    assert encoded.input_ids[-4:] == ids("it is four <|end|>")
+
+
+def test_plain_words_at_the_end_of_a_turn_are_learned_whole(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|start|>{{ m['role'] }} {{ m['content'] }}{% if m['role'] == 'assistant' %} ok next"
+        "{% endif %} {% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+    )
+    encoded = ChatFormat(tokenizer, 100).encode("what is two", "it is four")
+    assert encoded.input_ids[-5:] == ids("it is four ok next")
+
+
+def test_of_mistrals_folders_transformers_own_tokenizer_is_taken(tokenizer, tmp_path: Path):
+    tokenizer.chat_template = BOS
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "tekken.json").write_text("{}")
+    assert ChatFormat.load(tmp_path, None, 100).encode("what is two", "it is four").input_ids[-1] == ids("<|end|>")[0]
+
+
 def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer):
     tokenizer.chat_template = "{% if add_generation_prompt %}ok {% endif %}" + BOS
     with pytest.raises(ModelError, match="does not begin with the same conversation"):
