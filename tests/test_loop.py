@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import shutil
 from collections import Counter
@@ -484,6 +485,26 @@ def test_run_loop_refuses_unknown_stages_before_it_touches_the_run(run: Run) -> 
     with pytest.raises(ConfigError, match="no stage is called scoring"):
         run_loop(quickstart(f"run={run.root}"), kinds=("scoring",))
     assert not Path(run.root).exists()
+
+
+def test_the_time_of_a_killed_session_counts(run: Run) -> None:
+    """It ends with the last that it has said, and is counted once, by the next session that goes on with the stage."""
+    config = quickstart(f"run={run.root}", "telemetry.tracker=none")
+    stage = by_name(config)["inputs/reference"]
+    run.artifact(stage.output).begin(identity_of(stage, config, run))
+
+    def said(*events: tuple[float, str]) -> None:
+        lines = [{"time": time, "event": event, "stage": stage.name} for time, event in events]
+        run.storage.append("events.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+    said((10, "session_started"), (20, "stage_started"), (50, "progress"))
+    said((100, "session_started"), (110, "stage_started"), (120, "progress"), (180, "progress"))
+    said((200, "session_started"), (210, "session_ended"))
+    with Session(config) as session:
+        session.execute(stage)
+    assert 70 <= run.artifact(stage.output).require().seconds < 75, "the first one's 30 were added by the second"
+    with Session(config) as session:
+        assert session._lost_seconds(stage.name) == 0
 
 
 def test_a_session_that_cannot_start_lets_the_run_go(run: Run) -> None:

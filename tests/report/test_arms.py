@@ -87,6 +87,15 @@ def test_every_difference_is_drawn_and_told(tmp_path: Path) -> None:
         assert said in text, said
 
 
+def test_intervals_are_said_to_hold_for_what_was_repeated(tmp_path: Path) -> None:
+    found = arms(source(tmp_path))
+    assert found is not None
+    assert "hold for other rows and seeds; teachers write different texts" in str(section(found))
+    single = replace(found, measures=[replace(arm, models=1) for arm in found.measures])
+    assert "hold for other rows, not for other seeds; teachers" in str(section(single))
+    assert "every seed has a loop of its own" in str(section(replace(found, independent=True)))
+
+
 def test_variety_of_unequal_samples_is_not_to_be_compared(tmp_path: Path) -> None:
     found = arms(source(tmp_path))
     assert found is not None

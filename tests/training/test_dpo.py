@@ -83,6 +83,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.generation_config.do_sample = True
     model.save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text('{"image_processor_type": "for models that also see"}')
     return folder
 
 
@@ -382,7 +383,7 @@ def test_tuning_equals_plain_pytorch(
     for name, tensor in tuned.state_dict().items():
         torch.testing.assert_close(tensor, weights[name], atol=1e-5, rtol=1e-4)
         assert not torch.equal(tensor, original[name])
-    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "preprocessor_config.json"):
         assert json.loads((tmp_path / "tuned" / name).read_text()) == json.loads((teacher / name).read_text())
     assert AutoTokenizer.from_pretrained(tmp_path / "tuned").chat_template == TEMPLATE
 
