@@ -143,7 +143,7 @@ def test_a_run_that_only_scores_has_the_sections_it_can(tmp_path: Path) -> None:
 def test_a_comparison_tells_arms_apart(tmp_path: Path) -> None:
     _, text, document = written(comparison_writer(tmp_path), "compare/result")
     assert len(document.ids) == len(set(document.ids))
-    (loss,) = re.findall(r"<h3>DPO loss</h3>(.*?)</ul>", text)
+    (loss,) = re.findall(r"<h3>Loss while tuning</h3>(.*?)</ul>", text)
     assert re.findall(r"</i>([^<]+)", loss) == ["montessori", "shuffled labels", "responses"]
 
 
