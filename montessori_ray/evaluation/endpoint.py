@@ -107,7 +107,8 @@ class ChatEndpoint:
             try:
                 return await client.chat.completions.create(model=self._settings.model, messages=messages, **options)
             except openai.BadRequestError as error:
-                if options is not plain or not any(name in error.message for name in plain):
+                unsupported = "unsupported" in error.message.lower()  # not: too many tokens for the context
+                if options is not plain or not unsupported or not any(name in error.message for name in plain):
                     raise
                 self._reasons = True
 

@@ -145,9 +145,8 @@ def win_rate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         )
     shares = [fmean(scores) for scores in both.values()]
     rate = paired_difference(shares, [0.0] * len(shares))
-    rate = rate._replace(
-        low=max(rate.low, 0.0), high=min(rate.high, 1.0)
-    )  # Student's t of few pairs knows no such ends
+    # Student's t of few pairs knows no ends.
+    rate = rate._replace(low=max(rate.low, 0.0), high=min(rate.high, 1.0))
     decided = [row for row in rows if row["verdict"] in (CANDIDATE, BASELINE)]
     return {
         "pairs": len(both),

@@ -68,6 +68,15 @@ def test_models_that_reason_are_asked_in_their_words() -> None:
     assert ["temperature" in body for body in requests] == [True, False, False]
 
 
+def test_a_conversation_without_room_for_max_tokens_changes_nothing_for_the_others() -> None:
+    """As vLLM says it. Without a temperature of 0 the others would be judged by luck."""
+    answers = iter([(400, "'max_tokens' or 'max_completion_tokens' is too large: 512"), "b"])
+    with serving(lambda messages: next(answers)) as (url, requests):
+        replies = list(ChatEndpoint(settings(url, concurrency=1))(map(conversation, ["first", "second"])))
+    assert [reply.refused for reply in replies] == [True, False]
+    assert [(body["temperature"], body["max_tokens"]) for body in requests] == [(0, 512)] * 2
+
+
 def test_a_reply_without_choices_is_an_error() -> None:
     with (
         serving(lambda messages: (200, "rate limited")) as (url, _),
