@@ -934,19 +934,18 @@ def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
             section[key] = str((folder / value).resolve())
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def _merge(base: dict[str, Any], over: dict[str, Any], *, describes: bool = True) -> dict[str, Any]:
     """`over` laid on `base`, mappings key by key, anything else replaced.
 
     A mapping that names another file (`path`) or `model` takes nothing over: columns and ranges of rows, layers and
-    chat templates of one say nothing of another.
+    chat templates of one say nothing of another; unless nothing in it `describes` what is named.
     """
-    if any(base.get(name) != over[name] for name in WHICH if name in over):
+    if describes and any(base.get(name) != over[name] for name in WHICH if name in over):
         return over
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        laid = (lambda under, upon: {**under, **upon}) if key == JUDGE else _merge
-        merged[key] = laid(merged[key], value) if both else value
+        merged[key] = _merge(merged[key], value, describes=key != JUDGE) if both else value
     return merged
 
 
