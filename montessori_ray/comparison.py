@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from montessori_ray.artifacts.run import Run
-from montessori_ray.config import Compare, Config, content_settings, describe, set_dotted
+from montessori_ray.config import Compare, Config, content_settings, describe, merge, nested
 from montessori_ray.errors import ConfigError
 from montessori_ray.loop import (
     FIRST_FRESH,
@@ -155,14 +155,13 @@ def _require_arms(config: Config) -> Compare:
 
 def _arm_config(config: Config, name: str, tuning_seed: int, student_seed: int) -> Config:
     """The config of one cell."""
-    tree = config.model_dump(exclude={"compare"})
-    for key, value in _require_arms(config).arms[name].items():
-        set_dotted(tree, key, value)
-    seeds = {"tune_teacher.seed": tuning_seed, "train_student.seed": student_seed}
+    changed = _require_arms(config).arms[name] | {
+        "tune_teacher.seed": tuning_seed,
+        "train_student.seed": student_seed,
+    }
     if _require_arms(config).seeds == "independent":
-        seeds["seed"] = tuning_seed
-    for key, value in seeds.items():
-        set_dotted(tree, key, value)
+        changed["seed"] = tuning_seed
+    tree = merge(config.model_dump(exclude={"compare"}), nested(changed), Config)
     try:
         cell = Config.model_validate(tree)
     except ValidationError as error:

@@ -11,11 +11,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -599,8 +599,9 @@ class Compare(Section):
     """Arms of `montessori compare`: the same loop but for the settings each changes."""
 
     arms: dict[str, dict[str, Any]]
-    """Name -> dotted settings over the config's, e.g. `shuffled_labels: {pair.signal: shuffled_labels}`; `{}` is the
-    config as it is, null leaves out an arm of the extended file."""
+    """Name -> dotted settings over the config's, e.g. `shuffled_labels: {pair.signal: shuffled_labels}` or
+    `{pair: {signal: shuffled_labels}}`, which changes no other setting of the section either; `{}` is the config as it
+    is. An arm of the extended file is replaced by one of the same name, and left out by null."""
     against: str
     """The arm that all others are compared with."""
     tuning_seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
@@ -618,6 +619,11 @@ class Compare(Section):
     @classmethod
     def _left_out(cls, value: Any) -> Any:
         return {name: arm for name, arm in value.items() if arm is not None} if isinstance(value, dict) else value
+
+    @field_validator("arms")
+    @classmethod
+    def _dotted(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        return {name: dotted(arm, Config) for name, arm in value.items()}
 
     @model_validator(mode="after")
     def _arms_are_arms(self) -> Self:
@@ -796,6 +802,7 @@ class Benchmarks(Section):
 WHICH = ("path", "model")
 """Keys that name what their section describes, but for a judge's, whose endpoint may serve several models."""
 JUDGE = "judge"
+ARMS = "arms"
 
 
 def content_settings(config: Section, keys: tuple[str, ...]) -> dict[str, Any]:
@@ -854,8 +861,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         ConfigError: the file is missing or unreadable, a key is unknown, a value has the wrong type, or sections
             contradict each other; the message names the key.
     """
-    tree = _read_tree(Path(path), ())
-    _set_overrides(tree, overrides or [])
+    tree = _read_tree(Path(path), Config)
+    _set_overrides(tree, overrides or [], Config)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -868,7 +875,7 @@ def score_settings(tree: dict[str, Any], overrides: list[str] | None = None) -> 
     Raises:
         ConfigError: as `load_config`.
     """
-    _set_overrides(tree, [_of_score(override) for override in overrides or []])
+    _set_overrides(tree, [_of_score(override) for override in overrides or []], ScoreFiles)
     try:
         return ScoreFiles.model_validate(tree)
     except ValidationError as error:
@@ -882,7 +889,7 @@ def judge_settings(overrides: list[str]) -> Judge:
         ConfigError: as `load_config`.
     """
     tree: dict[str, Any] = {}
-    _set_overrides(tree, overrides)
+    _set_overrides(tree, overrides, Judge)
     try:
         return Judge.model_validate(tree)
     except ValidationError as error:
@@ -895,16 +902,16 @@ def load_benchmarks(path: Path, overrides: list[str] | None = None) -> Benchmark
     Raises:
         ConfigError: as `load_config`.
     """
-    tree = _read_tree(path, ())
-    _set_overrides(tree, overrides or [])
+    tree = _read_tree(path, Benchmarks)
+    _set_overrides(tree, overrides or [], Benchmarks)
     try:
         return Benchmarks.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{path}: {describe(error)}") from None
 
 
-def _read_tree(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
-    """The YAML tree at `path`, merged over the one it `extends`; data paths made absolute."""
+def _read_tree(path: Path, schema: type[Section], below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The YAML tree of `schema` at `path`, merged over the one it `extends`; data paths made absolute."""
     if path.resolve() in below:
         raise ConfigError(f"{path} extends itself: {' -> '.join(map(str, (*below, path)))}")
     try:
@@ -921,7 +928,7 @@ def _read_tree(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
         return tree
     if not isinstance(base, str):
         raise ConfigError(f"{path}: extends is {base!r}, expected the name of one YAML file")
-    return _merge(_read_tree(path.parent / base, (*below, path.resolve())), tree)
+    return merge(_read_tree(path.parent / base, schema, (*below, path.resolve())), tree, schema)
 
 
 def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
@@ -934,30 +941,71 @@ def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
             section[key] = str((folder / value).resolve())
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any], *, describes: bool = True) -> dict[str, Any]:
-    """`over` laid on `base`, mappings key by key, anything else replaced.
+def merge(
+    base: Mapping[str, Any], over: Mapping[str, Any], schema: type[Section], *, describes: bool = True
+) -> dict[str, Any]:
+    """`over` laid on `base`, two trees of `schema`: sections key by key, arms by their names, any other value replaced,
+    be it a mapping of its own (losses, an engine's arguments).
 
-    A mapping that names another file (`path`) or `model` takes nothing over: columns and ranges of rows, layers and
+    A section that names another file (`path`) or `model` takes nothing over: columns and ranges of rows, layers and
     chat templates of one say nothing of another; unless nothing in it `describes` what is named.
     """
     if describes and any(base.get(name) != over[name] for name in WHICH if name in over):
-        return over
+        return dict(over)
     merged = dict(base)
     for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value, describes=key != JUDGE) if both else value
+        section, below = section_at(schema, key), merged.get(key)
+        both = isinstance(value, dict) and isinstance(below, dict)
+        if both and section is not None:
+            merged[key] = merge(below, value, section, describes=key != JUDGE)
+        else:
+            merged[key] = below | value if both and key == ARMS else value
     return merged
 
 
-def _set_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Lay dotted overrides on a tree; as in `_merge`, another file or model takes nothing over from the last one."""
+def section_at(schema: type[Section], key: str) -> type[Section] | None:
+    """The section under a dotted key of a schema, also one that may be None; None for anything else."""
+    at: type[Section] | None = schema
+    for name in key.split("."):
+        field = at.model_fields.get(name) if at else None
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        at = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
+    return at
+
+
+def dotted(tree: Mapping[str, Any], schema: type[Section]) -> dict[str, Any]:
+    """A tree of `schema` as dotted keys with values that are no sections; of a key given twice the later value."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        section = section_at(schema, key)
+        below = dotted(value, section) if section and isinstance(value, dict) else {"": value}
+        leaves |= {f"{key}.{name}".rstrip("."): leaf for name, leaf in below.items()}
+    return leaves
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree of dotted keys.
+
+    Raises:
+        ConfigError: a section on the way is a value.
+    """
+    tree: dict[str, Any] = {}
+    for key, value in leaves.items():
+        _section_of(tree, key)[key.rpartition(".")[2]] = value
+    return tree
+
+
+def _set_overrides(tree: dict[str, Any], overrides: Sequence[str], schema: type[Section]) -> None:
+    """Lay dotted overrides on a tree; as in `merge`, another file or model takes nothing over from the last one."""
     parsed = [_parse_override(override) for override in overrides]
     for key, value in parsed:
         *above, leaf = key.split(".")
         if leaf in WHICH and above[-1:] != [JUDGE] and (section := _section_of(tree, key)).get(leaf, value) != value:
             section.clear()
     for key, value in parsed:
-        set_dotted(tree, key, value)
+        place, leaf, section_ = _section_of(tree, key), key.rpartition(".")[2], section_at(schema, key)
+        both = isinstance(value, dict) and isinstance(place.get(leaf), dict)
+        place[leaf] = merge(place[leaf], value, section_, describes=leaf != JUDGE) if both and section_ else value
 
 
 def _parse_override(override: str) -> tuple[str, Any]:
@@ -974,15 +1022,6 @@ def _of_score(override: str) -> str:
     """An override of `montessori score`, whose keys are those of the `score` section unless another one is named."""
     first = override.partition("=")[0].partition(".")[0]
     return override if first in ScoreFiles.model_fields else f"score.{override}"
-
-
-def set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set `section.key` of a tree of settings, sections made where there are none.
-
-    Raises:
-        ConfigError: a section on the way is a value.
-    """
-    _section_of(tree, key)[key.rpartition(".")[2]] = value
 
 
 def _section_of(tree: dict[str, Any], key: str) -> dict[str, Any]:

@@ -296,6 +296,8 @@ def test_an_arm_may_give_a_section_as_a_whole() -> None:
     arms = {**ARMS, "best": {"pair": {"rule": "best_worst", "signal": "random"}}}
     (cell,) = (cell for cell in cells_of(comparison(arms, tuning_seeds=(7,))) if cell.arm == "best")
     assert (cell.config.pair.rule, cell.config.pair.seed) == ("best_worst", 7)
+    shared = load_config(QUICKSTART).pair.max_pairs
+    assert cell.config.pair.max_pairs == shared is not None, "what the arm does not say is as in the others"
     with pytest.raises(ConfigError, match=r"compare\.arms\.best: pair "):
         cells_of(comparison({**ARMS, "best": {"pair": 3}}))
 

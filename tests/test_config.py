@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,43 @@ def test_an_arm_of_the_extended_file_may_be_left_out(tmp_path: Path) -> None:
     assert compare.arms == {"a": {}, "c": {"iterations": 2}}
     with pytest.raises(ConfigError, match="against is 'a', expected one of the arms: c"):
         load_config(write(tmp_path, extended | {"compare": {"arms": {"a": None, "b": None, "c": {}}}}))
+
+
+def test_an_arm_keeps_its_other_settings_and_changes_no_other_of_a_section(tmp_path: Path) -> None:
+    """Else a control whose number of pairs is changed would no longer be one."""
+    arms = {"a": {}, "b": {"pair.signal": "shuffled_labels"}, "c": {"pair.judge": {"model": "pool"}}}
+    path = write(tmp_path, MINIMAL | {"compare": {"against": "a", "arms": arms}}, "base.yaml")
+    compare = load_config(path, ["compare.arms.b.pair.max_pairs=10", "compare.arms.b.pair.margin_se=1"]).compare
+    assert compare is not None
+    assert compare.arms == {
+        "a": {},
+        "b": {"pair.signal": "shuffled_labels", "pair.max_pairs": 10, "pair.margin_se": 1},
+        "c": {"pair.judge.model": "pool"},
+    }
+    with pytest.raises(ConfigError, match=r"arm b sets pair\.seed"):
+        load_config(path, ["compare.arms.b={pair: {seed: 7}}"])
+
+
+def test_an_arm_of_the_extended_file_is_replaced_by_one_of_the_same_name(tmp_path: Path) -> None:
+    arms = {"a": {"pair.signal": "random"}, "b": {"pair.signal": "random"}}
+    write(tmp_path, MINIMAL | {"compare": {"against": "a", "arms": arms}}, "base.yaml")
+    extended = {"extends": "base.yaml", "compare": {"arms": {"a": {}, "b": {"pair": {"max_pairs": 3}}}}}
+    compare = load_config(write(tmp_path, extended)).compare
+    assert compare is not None
+    assert compare.arms == {"a": {}, "b": {"pair.max_pairs": 3}}
+
+
+@pytest.mark.parametrize("by_override", [False, True])
+def test_sections_are_merged_and_other_mappings_replaced(tmp_path: Path, *, by_override: bool) -> None:
+    base = {"losses": {"sigmoid": 1, "sft": 0.2}, "optimizer": {"learning_rate": 1e-4}, "batch_size": 2}
+    write(tmp_path, MINIMAL | {"tune_teacher": base}, "base.yaml")
+    over = {"losses": {"ipo": 1}, "optimizer": {"weight_decay": 0.1}}
+    words = [f"tune_teacher={json.dumps(over)}"] if by_override else []
+    tree = {"extends": "base.yaml"} | ({} if by_override else {"tune_teacher": over})
+    settings = load_config(write(tmp_path, tree), words).tune_teacher
+    assert settings.losses == {"ipo": 1}
+    assert (settings.optimizer.learning_rate, settings.optimizer.weight_decay) == (1e-4, 0.1)
+    assert settings.batch_size == 2
 
 
 def test_extends_over_two_levels_and_folders_resolves_data_beside_the_file_that_names_it(tmp_path: Path) -> None:
