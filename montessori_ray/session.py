@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any, Self
 
 import ray
@@ -14,7 +15,8 @@ import yaml
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from montessori_ray.artifacts.run import Run
-from montessori_ray.cluster import Bundle, address_of, cluster_nodes, connected, say_bundles
+from montessori_ray.artifacts.storage import in_job_copy
+from montessori_ray.cluster import Bundle, cluster_nodes, connected, say_bundles
 from montessori_ray.config import Config, ScoreFiles
 from montessori_ray.errors import RunError, UserError
 from montessori_ray.stages.base import Stage, StageContext, identity_of
@@ -23,7 +25,7 @@ from montessori_ray.telemetry.console import Console
 from montessori_ray.telemetry.events import EventLog, read_events
 from montessori_ray.telemetry.monitor import StageMonitor
 from montessori_ray.telemetry.progress import ProgressBoard, ProgressChannel
-from montessori_ray.telemetry.trackers import Tracker, open_tracker
+from montessori_ray.telemetry.trackers import NoTracker, Tracker, open_tracker
 
 
 def open_run(root: str) -> Run:
@@ -34,7 +36,7 @@ def open_run(root: str) -> Run:
     """
     if "://" in root or os.path.isabs(os.path.expanduser(root)):
         return Run(os.path.expanduser(root))
-    if "_ray_pkg_" in os.getcwd():
+    if in_job_copy(Path.cwd()):
         raise RunError(
             f"run={root} is a relative path inside the job's own copy of the working directory, which is deleted with "
             "the job: give an absolute path that all nodes see"
@@ -52,23 +54,27 @@ class Session:
         self._exit = ExitStack()
         self._board: Any = None
         self._pool: TeacherPool | None = None
+        self._tracker: Tracker = NoTracker()
 
     def __enter__(self) -> Self:
         with self._exit:  # what is open is closed again when something here fails
             self._exit.enter_context(self.run.lock())
             self.events = EventLog(self.run.storage)
             self._exit.callback(self.events.flush)
-            settings = self.config.model_dump(mode="json")
-            self._tracker: Tracker = open_tracker(self.config.telemetry, self.run.root, settings)
-            self._exit.callback(self._close_tracker)
             self.events.write("session_started", run=self.run.root, pid=os.getpid())
             self._exit = self._exit.pop_all()
         return self
 
-    def write_config(self) -> None:
-        """Leave the settings in the run; only once it is known that the run fits them."""
-        config = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
-        self.run.storage.write("config.yaml", config.encode())
+    def accept_settings(self) -> None:
+        """Leave the settings in the run and open its tracker; only once it is known that the run fits them.
+
+        Raises:
+            UserError: one of the two cannot be done.
+        """
+        settings = self.config.model_dump(mode="json")
+        self.run.storage.write("config.yaml", yaml.safe_dump(settings, sort_keys=False).encode())
+        self._tracker = open_tracker(self.config.telemetry, self.run, settings)
+        self._exit.callback(self._close_tracker)
 
     def __exit__(self, *exception: object) -> None:
         with suppress(RunError):
@@ -89,7 +95,6 @@ class Session:
     def connect(self) -> list[Bundle]:
         """Connect to the cluster; returns what its nodes have."""
         started = time.monotonic()
-        self._own_cluster = address_of(self.config.cluster) is None
         name = self._exit.enter_context(connected(self.config.cluster))
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # not to be lost
         self._board = ProgressBoard.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
@@ -185,8 +190,7 @@ class Session:
             # Runs may share a cluster; the next session of a killed one takes its pool over by this name.
             name = f"teacher-{hashlib.sha256(self.run.root.encode()).hexdigest()[:8]}"
             self._pool = TeacherPool(self.config.pool, name=name)
-            # A cluster of its own ends with the session; another one must be left as it was found.
-            self._exit.callback(self._pool.release if self._own_cluster else self._pool.close)
+            self._exit.callback(self._pool.release)
         started = time.monotonic()
         if self._pool.host(str(self.run.artifact(stage.teacher).model_path())):
             self.note(f"teacher pool serves {stage.teacher}, up in {time.monotonic() - started:.0f} s")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.table import Table
 from typer.testing import CliRunner
 
 from montessori_ray.artifacts.storage import Storage
@@ -14,7 +15,7 @@ from montessori_ray.config import score_settings
 from montessori_ray.errors import ConfigError
 from montessori_ray.influence.update import AdamW
 from montessori_ray.session import Session
-from montessori_ray.telemetry.console import influence_tables
+from montessori_ray.telemetry.console import influence_tables, terminal
 from montessori_ray.telemetry.events import EventLog
 from montessori_ray.training.student_state import OPTIMIZER_JSON
 
@@ -131,6 +132,16 @@ def test_tables_of_scores() -> None:
     assert "3 scored, 67% help" in str(sentence)
     assert "1 without a score {'empty response': 1}" in str(sentence)
     assert "2 scored again (exact, float32): noise 1.0e-02, 100% of one sign" in str(sentence)
+
+
+def test_instructions_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not as markup of the terminal's, in which "[/INST]" is an error and "[red]" a colour."""
+    table = Table("instruction")
+    table.add_row("Write a poem [/INST] with [red] words :smile:")
+    terminal().print(table, "results: /runs/[bold]")
+    said = capsys.readouterr().out
+    assert "Write a poem [/INST] with [red] words :smile:" in said
+    assert "results: /runs/[bold]" in said
 
 
 @pytest.mark.slow

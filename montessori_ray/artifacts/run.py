@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -280,7 +281,8 @@ class Run:
                     f"{self.root} cannot be locked ({error}): its file system must have flock (for Lustre the mount "
                     "option `flock`), which keeps two processes from working on one run"
                 ) from None
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+            with self.storage.said_plainly(f"{self.root}/lock"):
+                file.truncate(0)
+                file.write(f"{os.getpid()} on {socket.gethostname()}")
+                file.flush()
             yield

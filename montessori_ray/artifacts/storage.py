@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from montessori_ray.errors import RunError
+from montessori_ray.errors import RunError, UserError
+
+FULL = 1 << 20
+"""Bytes free on a file system that is full."""
 
 TEMPORARY = ".tmp-"
 """Prefix of names no reader looks at; what a kill leaves under it is swept by the next writer."""
@@ -71,7 +75,7 @@ class Storage:
             RunError: no permission, or no space left; nothing of the file is left behind.
         """
         target = self.path(name)
-        with self._said_plainly(target):
+        with self.said_plainly(target):
             if self.is_local:
                 _write_by_rename(Path(target), content)
             else:
@@ -83,13 +87,13 @@ class Storage:
         Raises:
             RunError: no permission, or no space left.
         """
-        with self._said_plainly(self.path(name)), self.fs.open(self.path(name), "a") as file:
+        with self.said_plainly(self.path(name)), self.fs.open(self.path(name), "a") as file:
             file.write(text)
 
     def remove(self, name: str) -> None:
         """Remove a file or a folder with all in it, if there."""
         if self.exists(name):
-            with self._said_plainly(self.path(name)):
+            with self.said_plainly(self.path(name)):
                 self.fs.rm(self.path(name), recursive=True)
 
     def sweep(self, name: str) -> None:
@@ -130,15 +134,21 @@ class Storage:
 
     @contextmanager
     def folder_writer(self, name: str) -> Iterator[Path]:
-        """An ordinary folder to write into; afterwards its files are in `name` (uploaded where that is a bucket)."""
-        with self._said_plainly(self.path(name)):
+        """An ordinary folder to write into; afterwards its files are in `name` (uploaded where that is a bucket).
+
+        Raises:
+            RunError: no permission, or no space left.
+        """
+        with self.said_plainly(self.path(name)):
             if self.is_local:
                 folder = Path(self.path(name))
                 folder.mkdir(parents=True, exist_ok=True)
-                yield folder
+                with _full_is_no_space(folder):
+                    yield folder
                 return
             with TemporaryDirectory() as folder_name:
-                yield Path(folder_name)
+                with _full_is_no_space(Path(folder_name)):
+                    yield Path(folder_name)
                 self.fs.put(folder_name + "/", self.path(name) + "/", recursive=True)
 
     def local_folder(self, name: str, cache: Path) -> Path:
@@ -153,8 +163,12 @@ class Storage:
         return copy
 
     @contextmanager
-    def _said_plainly(self, target: str) -> Iterator[None]:
-        """Turns the two faults every long run meets into a sentence."""
+    def said_plainly(self, target: str) -> Iterator[None]:
+        """Turns the faults every long run meets into a sentence.
+
+        Raises:
+            RunError: no permission to write `target`, or no space left.
+        """
         try:
             yield
         except PermissionError:
@@ -162,12 +176,33 @@ class Storage:
         except (FileExistsError, NotADirectoryError) as error:
             raise RunError(f"cannot write {target}: {error.filename} is a file; choose another `run`") from None
         except OSError as error:
+            if error.errno == errno.EROFS:
+                raise RunError(f"cannot write {target}: its file system is read-only; choose another `run`") from None
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise RunError(
                 f"no space left to write {target}: free some and give the same command again; "
                 "all that was committed is kept"
             ) from None
+
+
+@contextmanager
+def _full_is_no_space(folder: Path) -> Iterator[None]:
+    """An error while the file system of a folder is full becomes the one for that: what copies folders and writes
+    tensors hides its number in errors of other types."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if shutil.disk_usage(folder).free > FULL:
+            raise
+        raise OSError(errno.ENOSPC, str(error), str(folder)) from error
+
+
+def in_job_copy(folder: Path) -> bool:
+    """Whether a folder lies in a copy of the working directory that Ray made for a job, and removes with it."""
+    return any(part.startswith("_ray_pkg_") or part == "working_dir_files" for part in folder.parts)
 
 
 def _write_by_rename(target: Path, content: bytes) -> None:

@@ -5,9 +5,9 @@
     client = pool.client()                # see montessori_ray.synthesis.client
     pool.host("/shared/tuned-teacher")    # the old replicas go first: there need not be room for both
     pool.release()                        # resources are back
-    pool.close()
 
-Serve checks the replicas' health and restarts dead ones; nothing here listens on a port.
+Serve checks the replicas' health and restarts dead ones; nothing here listens on a port. Serve itself stays up, without
+a replica, for as long as the cluster: on a shared one other runs hold handles of its controller between their pools.
 """
 
 from __future__ import annotations
@@ -124,12 +124,6 @@ class TeacherPool:
         self._hosted = None
         if self._name in serve.status().applications:
             serve.delete(self._name)
-
-    def close(self) -> None:
-        """Release the replicas, and shut Ray Serve down unless it serves something else."""
-        self.release()
-        if not serve.status().applications:
-            serve.shutdown()
 
     def _wait_until_healthy(self, model_dir: str) -> None:
         deadline = time.monotonic() + self._config.start_timeout_s

@@ -36,8 +36,9 @@ PIPE_WIDTH = 200
 
 
 def terminal(*, stderr: bool = False) -> RichConsole:
-    """Where sentences and tables are printed; a pipe or a job's log is so wide that no name in a table is folded."""
-    console = RichConsole(stderr=stderr, highlight=False, soft_wrap=True)
+    """Where sentences and tables are printed, instructions and paths among them as they are; a pipe or a job's log is
+    so wide that no name in a table is folded."""
+    console = RichConsole(stderr=stderr, highlight=False, soft_wrap=True, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = PIPE_WIDTH
     return console

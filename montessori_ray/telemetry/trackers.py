@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
+from montessori_ray.artifacts.run import Run
 from montessori_ray.config import Telemetry
-from montessori_ray.errors import ConfigError
+from montessori_ray.errors import ConfigError, UserError
+
+TRACKED = "tracker_{name}.txt"
+"""File of a run with its id at a tracker, by which later sessions go on with the same curves."""
 
 
 class Tracker(Protocol):
@@ -51,10 +56,12 @@ class TensorBoardTracker:
 class WandbTracker:
     """One W&B run; steps are a metric of each stage, since stages have their own."""
 
-    def __init__(self, project: str, run: str, config: dict[str, Any]) -> None:
+    def __init__(self, project: str, run: Run, config: dict[str, Any]) -> None:
         import wandb
 
-        self._run = wandb.init(project=project, name=Path(run).name, config=config, resume="allow")
+        known = _known_as(run, "wandb") or uuid.uuid4().hex
+        self._run = wandb.init(project=project, name=Path(run.root).name, config=config, id=known, resume="allow")
+        _remember(run, "wandb", known)
 
     def log(self, stage: str, step: int, metrics: dict[str, float]) -> None:
         """Record metrics of a stage at a step."""
@@ -68,12 +75,13 @@ class WandbTracker:
 class MlflowTracker:
     """One MLflow run under the experiment `project`."""
 
-    def __init__(self, project: str, run: str) -> None:
+    def __init__(self, project: str, run: Run) -> None:
         import mlflow
 
         self._mlflow = mlflow
         mlflow.set_experiment(project)
-        mlflow.start_run(run_name=Path(run).name)
+        active = mlflow.start_run(run_id=_known_as(run, "mlflow"), run_name=Path(run.root).name)
+        _remember(run, "mlflow", active.info.run_id)
 
     def log(self, stage: str, step: int, metrics: dict[str, float]) -> None:
         """Record metrics of a stage at a step."""
@@ -84,21 +92,41 @@ class MlflowTracker:
         self._mlflow.end_run()
 
 
-def open_tracker(telemetry: Telemetry, run: str, config: dict[str, Any]) -> Tracker:
-    """The configured tracker.
+def _known_as(run: Run, tracker: str) -> str | None:
+    name = TRACKED.format(name=tracker)
+    return run.storage.read(name).decode() if run.storage.exists(name) else None
+
+
+def _remember(run: Run, tracker: str, known_as: str) -> None:
+    run.storage.write(TRACKED.format(name=tracker), known_as.encode())
+
+
+def open_tracker(telemetry: Telemetry, run: Run, config: dict[str, Any]) -> Tracker:
+    """The configured tracker, which goes on with the run's curves of earlier sessions.
 
     Raises:
-        ConfigError: its package is not installed.
+        ConfigError: its package is not installed, or it cannot be started.
     """
     if telemetry.tracker == "none":
         return NoTracker()
-    if telemetry.tracker == "tensorboard":
-        return TensorBoardTracker(f"{run}/tensorboard")
-    if importlib.util.find_spec(telemetry.tracker) is None:
+    if telemetry.tracker != "tensorboard" and importlib.util.find_spec(telemetry.tracker) is None:
         raise ConfigError(
             f"telemetry.tracker is {telemetry.tracker}, which is not installed: pip install {telemetry.tracker}, or "
             "choose tensorboard or none"
         )
-    if telemetry.tracker == "wandb":
-        return WandbTracker(telemetry.project, run, config)
-    return MlflowTracker(telemetry.project, run)
+    try:
+        match telemetry.tracker:
+            case "tensorboard":
+                return TensorBoardTracker(f"{run.root}/tensorboard")
+            case "wandb":
+                return WandbTracker(telemetry.project, run, config)
+            case "mlflow":
+                return MlflowTracker(telemetry.project, run)
+    except UserError:
+        raise
+    except Exception as error:  # each has types of its own for a missing key, an unknown server, a full disk
+        reason = (str(error).strip() or "-").splitlines()[0]
+        raise ConfigError(
+            f"telemetry.tracker {telemetry.tracker} cannot be started ({type(error).__name__}: {reason}): mend that, "
+            "or set telemetry.tracker=none"
+        ) from error

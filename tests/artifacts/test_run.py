@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -479,7 +480,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone_however_it_ends(loc
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         with (
-            pytest.raises(RunError, match=rf"{local_run.root} is being worked on by process {holder.pid}: wait for it"),
+            pytest.raises(RunError, match=rf"{local_run.root} is being worked on by process {holder.pid} on .*: wait"),
             local_run.lock(),
         ):
             pytest.fail("two processes hold one run")
@@ -487,7 +488,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone_however_it_ends(loc
         holder.kill()
         holder.communicate()
     with local_run.lock():
-        assert (Path(local_run.root) / "lock").read_text() == str(os.getpid())
+        assert (Path(local_run.root) / "lock").read_text() == f"{os.getpid()} on {socket.gethostname()}"
     with local_run.lock():
         pass
 

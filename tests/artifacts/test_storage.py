@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,10 @@ from tempfile import TemporaryDirectory
 import pyarrow as pa
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from safetensors import SafetensorError
 
-from montessori_ray.artifacts.storage import TEMPORARY, Storage, rows_of
-from montessori_ray.errors import RunError
+from montessori_ray.artifacts.storage import TEMPORARY, Storage, in_job_copy, rows_of
+from montessori_ray.errors import ModelError, RunError
 
 TABLE = pa.table({"id": ["a", "b"], "score": [0.5, None]})
 
@@ -210,6 +212,40 @@ def test_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pytes
     assert storage.read("file") == b"new"
 
 
+def test_a_full_disk_under_another_librarys_error_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of tensors and copies of folders fail in types of their own, without the system's number."""
+    storage = Storage(str(tmp_path))
+    usage = shutil.disk_usage(tmp_path)
+    for free, error in ((0, RunError), (1 << 30, SafetensorError)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        said = "header" if free else "no space left to write .*/model"
+        with pytest.raises(error, match=said), storage.folder_writer("model"):
+            raise SafetensorError("header")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+    with pytest.raises(ModelError, match="too large"), storage.folder_writer("model"):
+        raise ModelError("too large")
+
+
+def test_a_read_only_file_system_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    with (
+        pytest.raises(RunError, match="its file system is read-only; choose another `run`"),
+        Storage(str(tmp_path)).folder_writer("model"),
+    ):
+        pytest.fail("a folder was made")
+
+
+def test_a_jobs_copy_of_the_working_directory_is_known_by_its_path() -> None:
+    """As Ray 2.60 unpacks a local folder and a remote archive."""
+    resources = Path("/tmp/ray/session_1/runtime_resources/working_dir_files")
+    assert in_job_copy(resources / "_ray_pkg_0a1b/configs")
+    assert in_job_copy(resources / "s3_bucket_code")
+    assert not in_job_copy(Path("/home/me/working_dir/runs"))
+
+
 def test_other_faults_are_not_disguised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_: int) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -223,7 +259,7 @@ def test_other_faults_are_not_disguised(tmp_path: Path, monkeypatch: pytest.Monk
 FORBIDDEN = """
 import os, sys
 from montessori_ray.artifacts.storage import Storage
-from montessori_ray.errors import RunError
+from montessori_ray.errors import ModelError, RunError
 storage = Storage(sys.argv[1])
 if os.getuid() == 0:
     os.setgid(65534)

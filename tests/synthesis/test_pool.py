@@ -219,7 +219,7 @@ def pool() -> Iterator[TeacherPool]:
         try:
             yield pool
         finally:
-            pool.close()
+            pool.release()
             ray.shutdown()
 
 

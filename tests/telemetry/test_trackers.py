@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import sys
+import types
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from montessori_ray import session
+from montessori_ray.artifacts.run import Run
 from montessori_ray.config import Telemetry, load_config
 from montessori_ray.errors import ConfigError
 from montessori_ray.telemetry.trackers import NoTracker, open_tracker
@@ -26,7 +30,7 @@ def read_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_tensorboard_curves_hold_every_point_under_stage_and_name(tmp_path: Path) -> None:
-    tracker = open_tracker(Telemetry(), str(tmp_path), {})
+    tracker = open_tracker(Telemetry(), Run(str(tmp_path)), {})
     for step in range(1, 201):
         tracker.log("iteration_00/warm_up", step, {"loss": 2 / step, "rate": step * 1e-7})
     tracker.log("iteration_00/score", 64, {"influence": -0.25})
@@ -42,14 +46,14 @@ def test_tensorboard_curves_hold_every_point_under_stage_and_name(tmp_path: Path
 
 def test_a_later_session_adds_to_the_curves(tmp_path: Path) -> None:
     for step in (1, 2):
-        tracker = open_tracker(Telemetry(), str(tmp_path), {})
+        tracker = open_tracker(Telemetry(), Run(str(tmp_path)), {})
         tracker.log("score", step, {"influence": float(step)})
         tracker.close()
     assert read_curves(tmp_path / "tensorboard") == {"score/influence": [(1, 1.0), (2, 2.0)]}
 
 
 def test_none_keeps_nothing(tmp_path: Path) -> None:
-    tracker = open_tracker(Telemetry(tracker="none"), str(tmp_path), {})
+    tracker = open_tracker(Telemetry(tracker="none"), Run(str(tmp_path)), {})
     tracker.log("score", 1, {"influence": 0.5})
     tracker.close()
     assert list(tmp_path.iterdir()) == []
@@ -64,7 +68,7 @@ def test_a_tracker_that_is_not_installed_is_refused(
         importlib.util, "find_spec", lambda module, *rest: None if module == name else find_spec(module, *rest)
     )
     with pytest.raises(ConfigError) as caught:
-        open_tracker(Telemetry(tracker=name), str(tmp_path), {})
+        open_tracker(Telemetry(tracker=name), Run(str(tmp_path)), {})
     assert str(caught.value) == (
         f"telemetry.tracker is {name}, which is not installed: pip install {name}, or choose tensorboard or none"
     )
@@ -79,7 +83,56 @@ def test_a_tracker_whose_server_is_away_at_the_end_fails_no_run(
             raise ConnectionError("no route to host\nand more")
 
     monkeypatch.setattr(session, "open_tracker", lambda *_: Away())
-    with session.Session(load_config(QUICKSTART, [f"run={tmp_path / 'run'}"])):
-        pass
+    with session.Session(load_config(QUICKSTART, [f"run={tmp_path / 'run'}"])) as work:
+        work.accept_settings()
     said = capsys.readouterr()
     assert "did not take the last of its curves (ConnectionError: no route to host)" in said.out + said.err
+
+
+class Wandb(types.ModuleType):
+    """What of Weights & Biases is called, without the network."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb", "")
+        self.started: list[dict[str, Any]] = []
+        self.fault: Exception | None = None
+
+    def init(self, **arguments: Any) -> NoTracker:
+        if self.fault:
+            raise self.fault
+        self.started.append(arguments)
+        return NoTracker()
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> Wandb:
+    module = Wandb()
+    module.__spec__ = ModuleSpec("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+def test_a_later_session_goes_on_with_the_runs_own_curves_at_wandb(tmp_path: Path, wandb: Wandb) -> None:
+    for name in ("one", "one", "two"):
+        open_tracker(Telemetry(tracker="wandb"), Run(str(tmp_path / name)), {})
+    first, second, other = wandb.started
+    assert first["id"] == second["id"] != other["id"]
+    assert first["resume"] == "allow"
+    assert first["name"] == "one"
+
+
+def test_a_tracker_that_does_not_start_is_said_in_a_sentence(tmp_path: Path, wandb: Wandb) -> None:
+    wandb.fault = RuntimeError("api_key not configured\nand more")
+    message = r"tracker wandb cannot be started \(RuntimeError: api_key not configured\): mend that, or set .*=none"
+    with pytest.raises(ConfigError, match=message):
+        open_tracker(Telemetry(tracker="wandb"), Run(str(tmp_path)), {})
+
+
+def test_a_command_that_is_refused_leaves_no_curves(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with session.Session(load_config(QUICKSTART, [f"run={run}"])):
+        pass
+    assert not (run / "tensorboard").exists()
+    with session.Session(load_config(QUICKSTART, [f"run={run}"])) as work:
+        work.accept_settings()
+    assert len([*(run / "tensorboard").iterdir()]) == 1
