@@ -24,7 +24,7 @@ import ray
 from montessori_ray.artifacts.run import Run
 from montessori_ray.cluster import require_room
 from montessori_ray.comparison import all_stages
-from montessori_ray.config import Config
+from montessori_ray.config import Config, said_content
 from montessori_ray.config import Score as ScoreSettings
 from montessori_ray.errors import ConfigError
 from montessori_ray.loop import FIRST_WARMED, REFERENCE, STUDENT, check_run, score_bundles
@@ -81,6 +81,9 @@ def say_scoring(calibration: Calibration, stage: Stage, config: Config) -> str:
     """`3:20, 0.11 CPU-hours` of a stage that scores, nothing of another one."""
     if stage.kind not in ("score", "score_fresh") or stage.rows is None:
         return ""
+    config = stage.config or config
+    if calibration.settings != measured_settings(config):
+        return ""  # an arm that scores in another way than was measured
     score = config.score
     seconds = calibration.seconds(stage.rows, score)
     kind, amount = ("GPU", score.worker.gpus) if score.worker.gpus else ("CPU", score.worker.cpus)
@@ -91,7 +94,7 @@ def measured_settings(config: Config) -> dict[str, Any]:
     """The settings that decide how long a point takes."""
     return {
         "student": config.student.model_dump(mode="json"),
-        "reference": config.data.reference.model_dump(mode="json"),
+        "reference": config.data.reference.model_dump(mode="json") | {"path": said_content(config.data.reference.path)},
         "score": config.score.model_dump(mode="json"),
         "max_tokens": [config.synthesize.instructions.max_tokens, config.synthesize.responses.max_tokens],
     }

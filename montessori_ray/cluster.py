@@ -15,6 +15,7 @@ import psutil
 import ray
 import ray._common.utils
 import ray._private.thirdparty.pynvml
+import ray._private.utils
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -23,6 +24,9 @@ from montessori_ray.errors import ResourceError
 
 Bundle = dict[str, float]
 Answer = TypeVar("Answer")
+
+WHOLE = 10_000
+"""Parts of one CPU or GPU that Ray tells apart."""
 
 LOOK_TIMEOUT_S = 60.0
 """Seconds in which a node must have started a process that looks for files or memory."""
@@ -165,7 +169,7 @@ def free_nodes() -> list[Bundle]:
 def this_machine(cluster: Cluster) -> list[Bundle]:
     """The one node that a cluster started here would have."""
     gpus = ray._private.accelerators.NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
-    return [{"CPU": float(cluster.num_cpus or psutil.cpu_count() or 1), "GPU": float(gpus)}]
+    return [{"CPU": float(cluster.num_cpus or ray._private.utils.get_num_cpus()), "GPU": float(gpus)}]
 
 
 def unplaceable(bundles: Sequence[Bundle], nodes: Sequence[Bundle]) -> Bundle | None:
@@ -174,17 +178,40 @@ def unplaceable(bundles: Sequence[Bundle], nodes: Sequence[Bundle]) -> Bundle | 
     First fit of the largest is what a packing scheduler does; it may miss a packing that exists only for odd mixes of
     sizes, and a run asks for bundles of one or two sizes.
     """
-    free = [_exact(node) for node in nodes]
+    free = [_Free(node) for node in nodes]
     for bundle in sorted(bundles, key=lambda b: (b.get("GPU", 0), b.get("CPU", 0)), reverse=True):
-        asked = _exact(bundle)
-        for node in free:
-            if all(node.get(name, 0) >= amount for name, amount in asked.items()):
-                for name, amount in asked.items():
-                    node[name] -= amount
-                break
-        else:
+        if not any(node.take(bundle) for node in free):
             return bundle
     return None
+
+
+class _Free:
+    """What is left of a node; of its GPUs one by one, since Ray gives a share of a GPU from a single one."""
+
+    def __init__(self, node: Bundle) -> None:
+        exact = _exact(node)
+        whole, rest = divmod(exact.pop("GPU", 0), WHOLE)
+        self._amounts = exact
+        self._gpus = [WHOLE] * whole + [rest]
+
+    def take(self, bundle: Bundle) -> bool:
+        """Take what a bundle asks for, if all of it is there."""
+        asked = _exact(bundle)
+        whole, share = divmod(asked.pop("GPU", 0), WHOLE)
+        gpus = [WHOLE] * whole + ([share] if share else [])
+        left = sorted(self._gpus)
+        for amount in gpus:
+            if (fitting := next((free for free in left if free >= amount), None)) is None:
+                return False
+            left.remove(fitting)
+            left.append(fitting - amount)
+            left.sort()
+        if any(self._amounts.get(name, 0) < amount for name, amount in asked.items()):
+            return False
+        self._gpus = left
+        for name, amount in asked.items():
+            self._amounts[name] -= amount
+        return True
 
 
 def rooms(bundles: Sequence[Bundle], free: Sequence[Bundle], at_most: int) -> int:
@@ -197,7 +224,7 @@ def rooms(bundles: Sequence[Bundle], free: Sequence[Bundle], at_most: int) -> in
 
 def _exact(bundle: Bundle) -> dict[str, int]:
     """Amounts in ten-thousandths, as Ray itself counts: 20 x 0.05 GPU is one GPU, which sums of floats miss."""
-    return {name: round(amount * 10_000) for name, amount in bundle.items()}
+    return {name: round(amount * WHOLE) for name, amount in bundle.items()}
 
 
 def require_room(stage: str, bundles: Sequence[Bundle], nodes: Sequence[Bundle]) -> None:

@@ -63,6 +63,13 @@ class WorkerResources(Section):
     gpus: Annotated[float, Field(ge=0)] = 0
     """GPUs; 0 runs on the CPU."""
 
+    @field_validator("gpus")
+    @classmethod
+    def _whole_above_one(cls, value: float) -> float:
+        if value > 1 and value != int(value):
+            raise ValueError("Ray gives a share of one GPU or whole GPUs, set a whole number above 1")
+        return value
+
     @property
     def bundle(self) -> dict[str, float]:
         """The Ray resource request, without zero entries."""
@@ -439,7 +446,7 @@ class Score(Section):
         if name == "precision" and self.precision == "auto":
             return "tf32" if self.worker.gpus else "float32"
         if name == "optimizer_state" and self.optimizer_state is not None:
-            return _said_content(self.optimizer_state)
+            return said_content(self.optimizer_state)
         return super().meaning(name)
 
     @field_validator("optimizer_state")
@@ -827,16 +834,34 @@ def _collect_leaves(node: Any, key: str, leaves: dict[str, Any]) -> None:
         if name not in node.speed_only:
             _collect_leaves(node.meaning(name), f"{key}.{name}", leaves)
     if isinstance(node, DataFile):
-        leaves[f"{key}.path"] = _said_content(node.path)
+        leaves[f"{key}.path"] = said_content(node.path)
 
 
-def _said_content(path: str) -> str:
-    """Name and digest of a local file or folder of files; anything else (a Hub name, a URL) as it is."""
+def said_content(path: str) -> str:
+    """Name and digest of a local file or folder of files; anything else (a Hub name, a URL) as it is.
+
+    Raises:
+        ConfigError: it is there but cannot be read.
+    """
     place = Path(path)
-    if not place.exists():
+    if not _is_there(place):
         return path
-    files = [file for file in (sorted(place.iterdir()) if place.is_dir() else [place]) if file.is_file()]
-    return f"{place.name} (content {_digest(tuple((file, *_size_and_time(file)) for file in files))})"
+    try:
+        files = [file for file in (sorted(place.iterdir()) if place.is_dir() else [place]) if file.is_file()]
+        return f"{place.name} (content {_digest(tuple((file, *_size_and_time(file)) for file in files))})"
+    except OSError as error:
+        raise _unreadable(place, error) from None
+
+
+def _is_there(place: Path) -> bool:
+    try:
+        return place.exists()
+    except OSError as error:
+        raise _unreadable(place, error) from None
+
+
+def _unreadable(place: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"{place} cannot be read ({error.strerror}): let this user read it, or give another file")
 
 
 def _size_and_time(file: Path) -> tuple[int, int]:
@@ -937,7 +962,7 @@ def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
     named = [(section, "path") for section in files.values()] if isinstance(files, dict) else []
     for section, key in [*named, *((tree.get(role), "chat_template") for role in ("teacher", "student"))]:
         value = section.get(key) if isinstance(section, dict) else None
-        if isinstance(value, str) and "{" not in value and (folder / value).exists():
+        if isinstance(value, str) and "{" not in value and _is_there(folder / value):
             section[key] = str((folder / value).resolve())
 
 

@@ -114,9 +114,9 @@ class Session:
             stage=stage, config=stage.config or self.config, run=self.run, note=self.note, client=client,
             progress=ProgressChannel(stage.name, self._board),
         )  # fmt: skip
-        if artifact.begun():
-            artifact.add_seconds(self._lost_seconds(stage.name))
+        earlier = self._earlier_seconds(stage.name, begun=artifact.begun() is not None)
         artifact.begin(identity_of(stage, self.config, self.run))
+        artifact.add_seconds(earlier)
         self.events.write("stage_started", stage=stage.name)
         started = time.monotonic()
         try:
@@ -141,16 +141,23 @@ class Session:
         self.console.finished(stage.name, manifest)
         self._remove_trainings(stage)
 
-    def _lost_seconds(self, stage: str) -> float:
-        """How long the last session that worked on a stage did so, if it was killed before it could say so."""
-        lost = started = last = 0.0
+    def _earlier_seconds(self, stage: str, *, begun: bool) -> float:
+        """How long earlier sessions worked on a stage beyond what its artifact knows of.
+
+        One that is `begun` lacks the last session's time if that was killed before it could say so; one that has been
+        forgotten, since a training that failed left nothing, all since the stage was last finished.
+        """
+        total = lost = started = last = 0.0
         for event in read_events(self.run.storage):
             if event["event"] == "session_started":
                 lost, started = (last - started if started else lost), 0.0
             elif event.get("stage") == stage and event["event"].startswith("stage_"):
+                stopped = event["event"] == "stage_stopped"
+                total = 0.0 if event["event"] == "stage_finished" else total + lost
+                total += event["time"] - started if stopped and started else 0.0
                 lost, started = 0.0, event["time"] if event["event"] == "stage_started" else 0.0
             last = event["time"]
-        return lost
+        return lost if begun else total + lost
 
     def _remove_trainings(self, stage: Stage) -> None:
         """The stage is done, so a failure here must not end the session."""

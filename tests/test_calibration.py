@@ -1,6 +1,7 @@
 """What `montessori plan` predicts from a calibration, and that a calibration measures what it says."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,27 @@ def test_plan_predicts_scoring_with_the_settings_that_were_measured(tmp_path: Pa
 def test_gpu_hours_count_all_ranks(tmp_path: Path) -> None:
     config = quickstart(tmp_path, "score.groups=3", "score.group_size=2", "score.worker={cpus: 1, gpus: 0.5}")
     (stage,) = [stage for stage in stages_of(config) if stage.name == "iteration_00/score"]
-    calibration = Calibration(settings={}, **{**PARTS, "start_s": 3600.0, "point_s": 0, "stop_s": 0, "recheck_s": 0})
+    settings = measured_settings(config)
+    calibration = Calibration(
+        settings=settings, **{**PARTS, "start_s": 3600.0, "point_s": 0, "stop_s": 0, "recheck_s": 0}
+    )
     assert say_scoring(calibration, stage, config) == "1:00:05, 3 GPU-hours"
+
+
+def test_an_arm_that_scores_in_another_way_is_promised_nothing(tmp_path: Path) -> None:
+    arms = "compare={against: a, arms: {a: {}, fast: {score.estimator: first_order}}}"
+    config = quickstart(tmp_path, arms)
+    calibration = Calibration(settings=measured_settings(config), **PARTS)
+    said = {stage.name: say_scoring(calibration, stage, config) for stage in all_stages(config)}
+    assert "CPU-hours" in said["iteration_00/score"]
+    assert said["arms/fast/iteration_00/score"] == ""
+
+
+def test_a_copy_of_the_reference_file_is_measured_alike(tmp_path: Path) -> None:
+    config = quickstart(tmp_path)
+    copied = shutil.copy(config.data.reference.path, tmp_path)
+    data = config.data.model_copy(update={"reference": config.data.reference.model_copy(update={"path": copied})})
+    assert measured_settings(config.model_copy(update={"data": data})) == measured_settings(config)
 
 
 def test_a_comparison_that_has_begun_can_be_calibrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

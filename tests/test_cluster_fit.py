@@ -50,6 +50,15 @@ def test_the_first_bundle_that_finds_no_node(bundles: list[Bundle], nodes: list[
     assert nodes == before
 
 
+def test_a_share_of_a_gpu_comes_from_one_gpu() -> None:
+    """As Ray places them: two workers of 0.6 GPU leave nothing for a third on two GPUs."""
+    assert unplaceable([{"GPU": 0.6}] * 2, [{"GPU": 2.0}]) is None
+    assert unplaceable([{"GPU": 0.6}] * 3, [{"GPU": 2.0}]) == {"GPU": 0.6}
+    assert unplaceable([{"GPU": 0.4}] * 5, [{"GPU": 2.0}]) == {"GPU": 0.4}
+    assert unplaceable([{"GPU": 0.4}, {"GPU": 2.0}], [{"GPU": 3.0}]) is None
+    assert unplaceable([{"GPU": 0.4}, {"GPU": 2.0}], [{"GPU": 2.4}]) is None, "what others have left of one"
+
+
 @pytest.mark.parametrize(
     ("bundles", "free", "at_most", "count"),
     [

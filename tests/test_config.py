@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
 from collections.abc import Iterator
@@ -335,6 +336,29 @@ def test_unreadable_files_are_refused(tmp_path: Path, content: bytes, said: str)
         load_config(path)
 
 
+def test_data_that_may_not_be_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}")
+    exists, is_dir = Path.exists, Path.is_dir
+
+    def refuse(real: Any) -> Any:
+        def asked(place: Path, **options: Any) -> bool:
+            if place.name == "rows.jsonl":
+                raise PermissionError(errno.EACCES, "Permission denied", str(place))
+            return bool(real(place, **options))
+
+        return asked
+
+    path = write(tmp_path, MINIMAL | {"data": MINIMAL["data"] | {"reference": {"path": "rows.jsonl"}}})
+    config = load_config(path)
+    message = r"rows\.jsonl cannot be read \(Permission denied\): let this user read it, or give another file"
+    monkeypatch.setattr(Path, "is_dir", refuse(is_dir))
+    with pytest.raises(ConfigError, match=message):
+        content_settings(config, ("data.reference",))
+    monkeypatch.setattr(Path, "exists", refuse(exists))
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
 def test_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read"):
         load_config(tmp_path)
@@ -359,6 +383,7 @@ def test_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
             r"compare: arm a sets tune_teacher\.seed: seeds are compare\.tuning_seeds",
         ),
         ("pool.worker.gpus=-1", r"pool\.worker\.gpus is -1"),
+        ("pool.worker.gpus=1.5", r"pool\.worker\.gpus: Ray gives a share of one GPU or whole GPUs"),
         ("synthesize.duplicate_rouge_l=1.5", r"synthesize\.duplicate_rouge_l is 1\.5"),
         ("student.drop_layers=[a]", r"student\.drop_layers\.0 is 'a'"),
         ("warm_up.optimizer.learning_rate=0", r"warm_up\.optimizer\.learning_rate is 0"),

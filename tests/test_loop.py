@@ -504,7 +504,41 @@ def test_the_time_of_a_killed_session_counts(run: Run) -> None:
         session.execute(stage)
     assert 70 <= run.artifact(stage.output).require().seconds < 75, "the first one's 30 were added by the second"
     with Session(config) as session:
-        assert session._lost_seconds(stage.name) == 0
+        assert session._earlier_seconds(stage.name, begun=True) == 0
+
+
+def test_the_time_of_a_training_that_failed_counts_although_its_artifact_is_forgotten(run: Run) -> None:
+    config = quickstart(f"run={run.root}", "telemetry.tracker=none")
+
+    times = [(0, "session_started"), (10, "stage_started"), (20, "stage_finished")]  # and removed
+    times += [(100, "session_started"), (110, "stage_started"), (150, "stage_stopped"), (190, "session_ended")]
+    times += [(200, "session_started"), (210, "stage_started"), (215, "progress")]
+    events = [{"time": time, "event": event, "stage": "inputs/reference"} for time, event in times]
+    run.storage.write("events.jsonl", "".join(json.dumps(event) + "\n" for event in events).encode())
+    with Session(config) as session:
+        assert session._earlier_seconds("inputs/reference", begun=False) == 45
+        assert session._earlier_seconds("inputs/reference", begun=True) == 5
+        session.execute(by_name(config)["inputs/reference"])
+        assert 45 <= run.artifact("inputs/reference").require().seconds < 50
+        assert session._earlier_seconds("inputs/reference", begun=False) == 0
+
+
+def test_a_run_goes_on_without_the_file_its_rows_came_from(run: Run, tmp_path: Path) -> None:
+    """As in a job's copy of the working directory, which is deleted with the job."""
+    source = tmp_path / "copy" / "rows.jsonl"
+    source.parent.mkdir()
+    source.write_text('{"instruction": "a", "response": "b"}\n')
+    words = ["telemetry.tracker=none", f"data.reference.path={source}", "data.reference.response=response"]
+    config = quickstart(f"run={run.root}", *words)
+    stage = by_name(config)["inputs/reference"]
+    with Session(config) as session:
+        session.execute(stage)
+    source.unlink()
+    config = quickstart(f"run={run.root}", *words)
+    assert run.artifact(stage.output).check(identity_of(stage, config, run))
+    config = quickstart(f"run={run.root}", *words, f"data.reference.path={tmp_path / 'other.jsonl'}")
+    with pytest.raises(RunError, match="made with other settings"):
+        run.artifact(stage.output).check(identity_of(stage, config, run))
 
 
 def test_a_session_that_cannot_start_lets_the_run_go(run: Run) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import PurePath
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -47,6 +49,7 @@ class Identity(BaseModel):
             f"{key}: {self.settings.get(key, 'unset')} -> {now.settings.get(key, 'unset')}"
             for key in sorted(self.settings.keys() | now.settings.keys())
             if self.settings.get(key) != now.settings.get(key)
+            and not _source_is_gone(self.settings.get(key), now.settings.get(key))
         ]
         changed += [f"input {name} is new" for name in sorted(now.inputs.keys() - self.inputs.keys())]
         changed += [f"input {name} is no longer one" for name in sorted(self.inputs.keys() - now.inputs.keys())]
@@ -56,6 +59,16 @@ class Identity(BaseModel):
             if self.inputs[name] != now.inputs[name]
         ]
         return changed
+
+
+def _source_is_gone(before: Any, now: Any) -> bool:
+    """Whether a setting that stood for the content of a file names it still, but where it is not: the run has its rows,
+    and the file, a job's copy say, may go. See `config.said_content`."""
+    if not isinstance(before, str) or not isinstance(now, str):
+        return False
+    path = PurePath(now)
+    is_file = path.is_absolute() or bool(path.suffix)  # else it may be a name at the Hub
+    return is_file and re.fullmatch(rf"{re.escape(path.name)} \(content [0-9a-f]+\)", before) is not None
 
 
 class Begun(BaseModel):
