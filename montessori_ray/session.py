@@ -120,7 +120,9 @@ class Session:
         self.events.write("stage_started", stage=stage.name)
         started = time.monotonic()
         try:
-            with StageMonitor(stage.name, self._board, self.console, self.events, self._tracker) as monitor:
+            with StageMonitor(
+                stage.name, self._board, self.console, self.events, self._tracker, run=Path(self.run.root).name
+            ) as monitor:
                 details = stage.body(context)
         except BaseException as error:
             with suppress(RunError):  # a full disk must not hide the first error

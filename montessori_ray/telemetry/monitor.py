@@ -32,10 +32,13 @@ MEMORY_AT_START = psutil.virtual_memory().total - psutil.virtual_memory().availa
 class StageMonitor:
     """Context manager around the body of a stage; raises nothing once the body began."""
 
-    def __init__(self, stage: str, board: Any, console: Console, events: EventLog, tracker: Tracker) -> None:
+    def __init__(
+        self, stage: str, board: Any, console: Console, events: EventLog, tracker: Tracker, *, run: str
+    ) -> None:
         self.peak_memory_gb = 0.0
         """`Manifest.peak_memory_gb`."""
         self._stage = stage
+        self._run = run
         self._board = board
         self._console = console
         self._events = events
@@ -107,7 +110,7 @@ class StageMonitor:
             "seconds_left": left,
         }  # fmt: skip
         for name, gauge in self._gauges.items():
-            gauge.set(values[name] or 0, tags={"stage": self._stage})
+            gauge.set(values[name] or 0, tags={"stage": self._stage, "run": self._run})
         for step, name, value in progress.curves:
             self._tracker.log(self._stage, step, {name: value})
 
@@ -134,12 +137,12 @@ class StageMonitor:
 
 
 def _gauges() -> dict[str, Gauge]:
-    """Metrics on the Ray dashboard and in Prometheus, one time series a stage."""
+    """Metrics on the Ray dashboard and in Prometheus, one time series a stage of a run."""
     described = {
         "done": "units done", "total": "units planned", "rate": "units a second", "groups": "scoring groups at work",
         "seconds_left": "seconds left",
     }  # fmt: skip
     return {
-        name: Gauge(f"montessori_stage_{name}", description=f"{text} in a stage", tag_keys=("stage",))
+        name: Gauge(f"montessori_stage_{name}", description=f"{text} in a stage", tag_keys=("stage", "run"))
         for name, text in described.items()
     }

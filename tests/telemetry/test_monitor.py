@@ -62,7 +62,7 @@ class Watched:
         monkeypatch.setattr(monitor_module, "_gauges", dict)
         board = SimpleNamespace(read=SimpleNamespace(remote=self._ask))
         told: Any = self.told
-        self.monitor = StageMonitor("warm_up", board, told, EventLog(self.storage), told)
+        self.monitor = StageMonitor("warm_up", board, told, EventLog(self.storage), told, run="first")
 
     def wait(self, reads: int) -> None:
         """Until so many reads were tried."""
