@@ -26,7 +26,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -47,7 +47,7 @@ from montessori_ray.influence.reference import Precision
 from montessori_ray.influence.scorer import Scorer, join_alone
 from montessori_ray.influence.update import OPTIMIZER_JSON, AdamW
 from montessori_ray.models import prune_layers, resolve_model
-from montessori_ray.training.chat import ChatFormat, Encoded, collate
+from montessori_ray.training.chat import FILLING, ChatFormat, Encoded, collate
 from montessori_ray.training.student_state import OPTIMIZER_TENSORS
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "tf32", "bfloat16")
@@ -82,8 +82,12 @@ def main(words: list[str] | None = None) -> None:
     rows = read_rows(arguments.rows)
     reference, rest = rows[: arguments.reference], rows[arguments.reference :]
     examples, warm_up = rest[: arguments.points], rest[arguments.points :][: WARM_STEPS * WARM_BATCH]
-    if len(examples) < 2:
-        sys.exit(f"{len(rows)} rows are too few for {arguments.reference} reference rows and 2 points")
+    needed = arguments.reference + arguments.points + WARM_STEPS
+    if len(rows) < needed:
+        sys.exit(
+            f"{len(rows)} rows are too few, {needed} are needed: {arguments.reference} of reference, "
+            f"{arguments.points} points and {WARM_STEPS} to warm up on"
+        )
     join_alone()
     with TemporaryDirectory() as folder:
         student = make_student(Path(folder) / "student", arguments.shape, warm_up, device)
@@ -221,7 +225,7 @@ def _paper(student: Path, few: list[Any], all_rows: int, examples: list[Any], de
 def _padded(chat: ChatFormat, row: dict[str, str]) -> tuple[list[int], list[int]]:
     encoded = chat.encode(row["instruction"], row["response"])
     filling = PADDED - len(encoded.input_ids)
-    return encoded.input_ids + [chat.pad_token_id] * filling, encoded.labels + [-100] * filling
+    return encoded.input_ids + [FILLING] * filling, encoded.labels + [-100] * filling
 
 
 def _loss(model: Any, rows: list[tuple[list[int], list[int]]], device: torch.device) -> torch.Tensor:
@@ -334,7 +338,7 @@ def _warm_up(model: Any, chat: ChatFormat, rows: list[Any]) -> dict[str, Tensor]
     for step in range(WARM_STEPS):
         batch = [chat.encode(row["instruction"], row["response"]) for row in rows[step::WARM_STEPS]]
         for encoded in batch:
-            tensors = collate([encoded], chat.pad_token_id)
+            tensors = collate([encoded])
             (model(**tensors).loss / len(batch)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), RULE.max_grad_norm)
         optimizer.param_groups[0]["lr"] = RULE.learning_rate * (step + 1) / WARM_STEPS
@@ -348,8 +352,8 @@ def _warm_up(model: Any, chat: ChatFormat, rows: list[Any]) -> dict[str, Tensor]
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    lines: Iterable[str] = path.read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    lines = path.read_text(encoding="utf-8").split("\n")  # a text may hold other line separators
+    rows = [json.loads(line) for line in lines if line.strip()]
     return [{"instruction": row["instruction"], "response": row.get("response") or row["output"]} for row in rows]
 
 

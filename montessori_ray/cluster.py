@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import threading
@@ -114,10 +115,12 @@ class Memory:
 
 
 def memory_of(nodes: Sequence[Bundle]) -> list[Memory]:
-    """Memory of the connected cluster's nodes; where there is one, this is it."""
+    """Memory of the connected cluster's nodes; where there is one, this is it. One that does not tell has any amount:
+    nothing is refused for its sake."""
     if len(nodes) < 2:
         return [_memory()]
-    return [memory for _, memory in _asked_of_nodes(_memory)]
+    told = [memory for _, memory in _asked_of_nodes(_memory)]
+    return told + [Memory(host=math.inf, gpu=math.inf)] * (len(nodes) - len(told))
 
 
 def _memory() -> Memory:

@@ -452,7 +452,9 @@ class Score(Section):
     @field_validator("optimizer_state")
     @classmethod
     def _absolute(cls, value: str | None) -> str | None:
-        return value if value in (None, "none") else os.path.abspath(value)  # workers have other working directories
+        if value in (None, "none"):
+            return value
+        return os.path.abspath(os.path.expanduser(value))  # workers have other working directories
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -785,6 +787,23 @@ class ScoreFiles(Section):
     warm_up: WarmUp = WarmUp()
     score: Score = Score()
     telemetry: Telemetry = Telemetry()
+
+    @model_validator(mode="after")
+    def _says_what_is_stepped(self) -> Self:
+        if self.data.warm_up is not None:
+            return self
+        if self.student.lora is not None or self.warm_up != WarmUp():
+            section = "student.lora" if self.student.lora is not None else "warm_up"
+            raise ValueError(
+                f"{section} says how the student is warmed up, but there are no rows for that: give some (`--warm-up "
+                "FILE`, data.warm_up), or leave it out"
+            )
+        if self.student.drop_layers and self.score.optimizer_state is None and self.score.learning_rate is None:
+            raise ValueError(
+                "a student without some of its layers (student.drop_layers) has no optimizer state: warm it up "
+                "(`--warm-up FILE`, data.warm_up), or set score.learning_rate to step with fresh moments"
+            )
+        return self
 
 
 class Benchmarks(Section):

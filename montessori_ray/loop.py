@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 from montessori_ray.artifacts.run import Artifact, Run
 from montessori_ray.cluster import Bundle, memory_of, require_room, unseen
-from montessori_ray.config import Config, Training
+from montessori_ray.config import Config, Score, Training
 from montessori_ray.errors import ConfigError, RunError
 from montessori_ray.memory import Role, require_memory
 from montessori_ray.session import Session
@@ -432,6 +433,7 @@ def run_stages(config: AnySettings, stages: Sequence[Stage], chosen: Sequence[St
         if ready:
             measured = [session.run.artifact(stage.output) for stage in stages if stage.output in (REFERENCE, HELD_OUT)]
             inputs.require_measurable(config, session.run.artifact(STUDENT), measured)
+            _require_state(config.score)
             _connect(session, config, ready)
         for stage in chosen:
             if not _is_input(stage) and stage.name not in waiting:
@@ -449,7 +451,7 @@ def _connect(session: Session, config: AnySettings, ready: Sequence[Stage]) -> N
         UserError: it cannot.
     """
     nodes = session.connect()
-    require_shared(session.run, nodes, _models(session.run))
+    require_shared(session.run, nodes, _brought(session.run, config.score))
     asked = {stage.name: bundles_of(stage, config) for stage in ready}
     for name, bundles in asked.items():
         require_room(name, bundles, nodes)
@@ -462,10 +464,25 @@ def _connect(session: Session, config: AnySettings, ready: Sequence[Stage]) -> N
         session.note(f"the cluster has {gpus:g} GPUs, and no stage asks for one: see `worker.gpus` in its section")
 
 
-def _models(run: Run) -> list[str]:
-    """A file of each model a user brought: where its folder is one of links, what they lead to counts."""
-    brought = (run.artifact(name) for name in (TEACHER, STUDENT))
-    return [str(artifact.model_path() / "config.json") for artifact in brought if artifact.manifest() is not None]
+def _require_state(score: Score) -> None:
+    """Refuse a named optimizer state that is none, before the student is warmed up for its sake.
+
+    Raises:
+        ModelError: names the folder.
+    """
+    if score.optimizer_state not in (None, "none"):
+        from montessori_ray.influence.scorer import step_rule  # late: see stages/__init__.py
+
+        step_rule(Path(score.optimizer_state), score)
+
+
+def _brought(run: Run, score: Score) -> list[str]:
+    """A file of each model and optimizer state a user brought: where a folder is one of links, what they lead to
+    counts."""
+    models = (run.artifact(name) for name in (TEACHER, STUDENT))
+    files = [str(artifact.model_path() / "config.json") for artifact in models if artifact.manifest() is not None]
+    state = [score.optimizer_state] if score.optimizer_state not in (None, "none") else []
+    return [*files, *(f"{folder}/optimizer.json" for folder in state)]
 
 
 def _weights(run: Run) -> dict[Role, int | None]:

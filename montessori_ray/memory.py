@@ -47,13 +47,13 @@ def require_memory(
         stage: of the run.
         config: the run's settings; the stage may have its own.
         weights: number of weights of both models, None where it is not known.
-        nodes: what those nodes have that have told it.
+        nodes: what the nodes have.
 
     Raises:
         ResourceError: says what the workers need at least, what there is, and which setting helps.
     """
     held = copy_of(stage, stage.config or config)
-    if held is None or not nodes or (count := weights[held.model]) is None:
+    if held is None or (count := weights[held.model]) is None:
         return
     need, gpus = held.bytes_a_weight * count / 1e9, held.worker.get("GPU", 0.0)
     if gpus:

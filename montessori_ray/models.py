@@ -7,7 +7,8 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,14 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+)
 from transformers.utils import logging as transformers_logging
 
 from montessori_ray.artifacts.storage import cache_folder, in_job_copy
@@ -180,11 +188,27 @@ def check_model(folder: Path, *, role: str, chat_template: str | None, context: 
         raise ModelError(f"the teacher in {folder} is an adapter: merge it into its model and give that one's folder")
     config = _read_config(folder, role)
     _check_weights(folder, role)
+    _check_fit(folder, role)
     load_tokenizer(folder, chat_template, role)
     limit = getattr(config, "max_position_embeddings", None)  # models with relative positions (ALiBi) have no limit
     if limit is not None and limit < context:
         setting = "student.max_length" if role == "student" else "pool.max_model_len"
         raise ModelError(f"the {role} in {folder} has a context of {limit} tokens, {setting} is {context}: lower it")
+    switches = _switches_at(config)
+    if role == "student" and switches is not None and switches < context:
+        raise ModelError(
+            f"the student in {folder} has other positions for rows of more than {switches} tokens (LongRoPE), by the "
+            f"longest row of a batch, so a row's loss would depend on its neighbours: set student.max_length={switches}"
+        )
+
+
+def _switches_at(config: Any) -> int | None:
+    """Tokens beyond which a model with LongRoPE takes its other frequencies; None for models that keep theirs."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    return None if original is None else int(original)
 
 
 def _read_config(folder: Path, role: str) -> Any:
@@ -200,7 +224,18 @@ def _read_config(folder: Path, role: str) -> Any:
             f"the {role} in {folder} is a {config.model_type}, no causal language model: give one that transformers' "
             "AutoModelForCausalLM loads"
         )
-    return config.get_text_config()
+    text: Any = config.get_text_config()
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(text, "is_decoder", False):
+        raise ModelError(
+            f"the {role} in {folder} is a {config.model_type} whose tokens see those after them, which writes no text: "
+            "give a causal language model"
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"the {role} in {folder} is quantized, and training needs its whole weights: give the model it was made "
+            "from, or save it dequantized"
+        )
+    return text
 
 
 def _check_weights(folder: Path, role: str) -> None:
@@ -208,10 +243,8 @@ def _check_weights(folder: Path, role: str) -> None:
     names = _weight_files(folder)
     missing = sorted(name for name in names if not (folder / name).is_file())
     if missing or not names:
-        raise ModelError(
-            f"the {role} in {folder} has no weights ({', '.join(missing) or 'no *.safetensors or *.bin'}): "
-            "download or save it again"
-        )
+        said = ", ".join(missing) or "no model.safetensors or pytorch_model.bin"
+        raise ModelError(f"the {role} in {folder} has no weights ({said}): download or save it again")
     for name in sorted(name for name in names if name.endswith(".safetensors")):
         try:
             with safe_open(folder / name, framework="pt"):
@@ -220,12 +253,49 @@ def _check_weights(folder: Path, role: str) -> None:
             raise ModelError(f"{folder / name} is damaged ({_first_line(error)}): download or save it again") from None
 
 
+def _check_fit(folder: Path, role: str) -> None:
+    """Every parameter has its weights in the files; transformers would make up those that have none."""
+    try:
+        with _silent_transformers():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, device_map="meta", output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelError(f"the {role} in {folder} cannot be loaded: {_first_line(error)}") from None
+    found = loaded[1]
+    if lacking := sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}):
+        raise ModelError(
+            f"the {role} in {folder} has no fitting weights for {len(lacking)} of its parameters ({lacking[0]}"
+            f"{', ...' if len(lacking) > 1 else ''}): "
+            "its files belong to another model or another version of transformers; save it again"
+        )
+
+
+@contextmanager
+def _silent_transformers() -> Iterator[None]:
+    """Without its bars and its table of keys."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds a whole model's weights, and not an adapter's alone."""
+    return bool(_weight_files(folder))
+
+
 def _weight_files(folder: Path) -> set[str]:
-    """Names of the files that the index lists, or that are there where it is missing."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return {path.name for pattern in WEIGHTS for path in folder.glob(pattern)} - {OPTIMIZER_TENSORS}
+    """Names of the files that transformers loads a whole model from: one, or those that an index lists."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return {name}
+        if (index := folder / f"{name}.index.json").is_file():
+            return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return set()
 
 
 def num_weights(folder: Path) -> int | None:

@@ -9,7 +9,6 @@ columns.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from montessori_ray.artifacts.run import Run
@@ -44,11 +43,10 @@ def import_student(context: StageContext[ScoreFiles]) -> dict[str, Any]:
     """The student as `inputs/student`; it must be possible to take a step with it, or to warm it up first."""
     details = inputs.import_student(context)
     if context.config.data.warm_up is None:
-        from montessori_ray.influence.scorer import step_rule  # late: see stages/__init__.py
+        from montessori_ray.influence.scorer import state_of, step_rule  # late: see stages/__init__.py
         from montessori_ray.models import resolve_model
 
-        state = context.config.score.optimizer_state
-        step_rule(Path(state) if state else resolve_model(context.config.student.model), context.config.score)
+        step_rule(state_of(resolve_model(context.config.student.model), context.config.score), context.config.score)
     return details
 
 

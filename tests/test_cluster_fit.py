@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,17 @@ import ray
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from montessori_ray.cluster import Bundle, connected, memory_of, require_room, rooms, say_bundles, unplaceable, unseen
+from montessori_ray.cluster import (
+    Bundle,
+    Memory,
+    connected,
+    memory_of,
+    require_room,
+    rooms,
+    say_bundles,
+    unplaceable,
+    unseen,
+)
 from montessori_ray.config import Cluster
 from montessori_ray.errors import ResourceError
 
@@ -125,4 +136,5 @@ def test_every_node_is_asked_what_it_sees_and_has(tmp_path: Path) -> None:
         assert address == ray.util.get_node_ip_address()
         assert missing == ["/no/such/folder"]
         asked = memory_of([{"CPU": 1.0, "GPU": 0.0}] * 2)  # as of a cluster of several, by a process on every node
-        assert asked == memory_of([{"CPU": 1.0, "GPU": 0.0}])
+        unknown = Memory(host=math.inf, gpu=math.inf)  # of a node that has not told
+        assert asked == [*memory_of([{"CPU": 1.0, "GPU": 0.0}]), unknown]

@@ -562,7 +562,7 @@ def test_an_optimizer_state_stands_for_its_content(minimal: Path, tmp_path: Path
 def test_keys_of_scoring_are_the_score_sections_unless_they_name_another() -> None:
     tree = {
         "run": "scores",
-        "data": {"examples": {"path": "a.jsonl"}, "reference": {"path": "b.jsonl"}},
+        "data": {name: {"path": f"{name}.jsonl"} for name in ("examples", "reference", "warm_up")},
         "student": {"model": "s"},
     }
     settings = score_settings(tree, ["worker.gpus=1", "groups=2", "warm_up.worker.gpus=1", "student.max_length=64"])

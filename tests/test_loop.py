@@ -15,7 +15,7 @@ import yaml
 
 from montessori_ray.artifacts.run import Artifact, Run
 from montessori_ray.config import Config, content_settings, load_config
-from montessori_ray.errors import ConfigError, RunError
+from montessori_ray.errors import ConfigError, ModelError, RunError
 from montessori_ray.loop import (
     _connect,
     bundles_of,
@@ -539,6 +539,14 @@ def test_a_run_goes_on_without_the_file_its_rows_came_from(run: Run, tmp_path: P
     config = quickstart(f"run={run.root}", *words, f"data.reference.path={tmp_path / 'other.jsonl'}")
     with pytest.raises(RunError, match="made with other settings"):
         run.artifact(stage.output).check(identity_of(stage, config, run))
+
+
+def test_an_optimizer_state_that_is_none_is_refused_before_anything_starts(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(Session, "connect", lambda _: pytest.fail("a cluster was started"))
+    with pytest.raises(ModelError, match=r"nowhere has no optimizer\.json and no optimizer\.safetensors"):
+        run_loop(quickstart(f"run={run.root}", f"score.optimizer_state={tmp_path / 'nowhere'}"))
 
 
 def test_a_session_that_cannot_start_lets_the_run_go(run: Run) -> None:

@@ -1,15 +1,20 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BartConfig,
+    BertConfig,
     GPT2Config,
     LlamaConfig,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen3Config,
     T5Config,
@@ -17,11 +22,21 @@ from transformers import (
 
 from montessori_ray.config import Lora
 from montessori_ray.errors import ModelError
-from montessori_ray.models import check_model, join_adapter, model_digest, prune_layers, resolve_model, with_template
+from montessori_ray.models import (
+    check_model,
+    join_adapter,
+    model_digest,
+    num_weights,
+    prune_layers,
+    resolve_model,
+    with_template,
+)
 from montessori_ray.training.adapters import add_adapter
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} </s>{% endfor %}"
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+SMALL_BERT = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+PT = {"format": "pt"}
 CONFIGS = [
     LlamaConfig(vocab_size=8, num_hidden_layers=5, max_position_embeddings=64, tie_word_embeddings=True, **SMALL),
     Qwen3Config(
@@ -135,6 +150,68 @@ def test_a_model_with_another_template(tmp_path, template, link):
     expected = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     for name, tensor in AutoModelForCausalLM.from_pretrained(output).state_dict().items():
         assert torch.equal(tensor, expected[name])
+
+
+def test_weights_under_other_names_are_not_made_up(tmp_path):
+    folder = save_model(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    save_file({f"module.{name}": value for name, value in weights.items()}, folder / "model.safetensors", PT)
+    with pytest.raises(ModelError, match=r"no fitting weights for \d+ of its parameters \(lm_head\.weight, "):
+        check_model(folder, role="student", chat_template=None, context=64)
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", PT)
+    with pytest.raises(ModelError, match=r"for 1 of its parameters \(model\.norm\.weight\)"):
+        check_model(folder, role="student", chat_template=None, context=64)
+
+
+def test_an_adapter_that_transformers_does_not_load_whole_is_refused(tmp_path):
+    """Magnitudes of DoRA: transformers 5.19 looks for them under another name and makes up new ones."""
+    folder = save_model(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)).save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"no fitting weights for 5 of its parameters .*lora_magnitude_vector"):
+        check_model(folder, role="student", chat_template=None, context=64)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (
+            BertConfig(vocab_size=8, num_hidden_layers=1, max_position_embeddings=64, **SMALL_BERT),
+            "see those after them",
+        ),
+        (LlamaConfig(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}), "is quantized"),
+    ],
+    ids=["encoder", "quantized"],
+)
+def test_models_that_cannot_be_trained_to_write_are_named(tmp_path, config, said):
+    folder = save_model(tmp_path)
+    config.save_pretrained(folder)
+    with pytest.raises(ModelError, match=said):
+        check_model(folder, role="student", chat_template=None, context=64)
+
+
+def test_a_students_rows_stay_below_the_length_where_its_positions_change(tmp_path):
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 32, "rope_theta": 1e4, **factors}
+    folder = save_model(
+        tmp_path, Phi3Config(vocab_size=8, num_hidden_layers=1, max_position_embeddings=64, pad_token_id=0,
+                             original_max_position_embeddings=32, rope_parameters=rope, **SMALL))  # fmt: skip
+    check_model(folder, role="student", chat_template=None, context=32)
+    check_model(folder, role="teacher", chat_template=None, context=64)
+    with pytest.raises(ModelError, match=r"more than 32 tokens \(LongRoPE\).*set student\.max_length=32"):
+        check_model(folder, role="student", chat_template=None, context=33)
+
+
+def test_weights_are_counted_once(tmp_path):
+    folder = save_model(tmp_path)
+    counted = num_weights(folder)
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    (folder / "training_args.bin").write_bytes(b"settings")
+    assert counted == num_weights(folder) == sum(t.numel() for t in load_file(folder / "model.safetensors").values())
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="has no weights"):
+        check_model(folder, role="student", chat_template=None, context=64)
 
 
 def test_digest_follows_content_not_cards(tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 from rich.table import Table
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from montessori_ray.artifacts.storage import Storage
@@ -14,6 +15,7 @@ from montessori_ray.cli import app
 from montessori_ray.config import score_settings
 from montessori_ray.errors import ConfigError
 from montessori_ray.influence.update import AdamW
+from montessori_ray.models import OPTIMIZER_TENSORS
 from montessori_ray.session import Session
 from montessori_ray.telemetry.console import influence_tables, terminal
 from montessori_ray.telemetry.events import EventLog
@@ -76,6 +78,7 @@ def test_a_student_without_moments_must_be_given_some_or_a_rate(files: dict[str,
 def save_rule(folder: Path, learning_rate: float) -> None:
     fields = {name: getattr(AdamW.fresh(learning_rate), name) for name in AdamW.__slots__}
     (folder / OPTIMIZER_JSON).write_text(json.dumps(fields), encoding="utf-8")
+    save_file({}, folder / OPTIMIZER_TENSORS)
 
 
 def test_an_optimizer_state_that_changes_between_sessions_is_refused(
@@ -132,6 +135,23 @@ def test_tables_of_scores() -> None:
     assert "3 scored, 67% help" in str(sentence)
     assert "1 without a score {'empty response': 1}" in str(sentence)
     assert "2 scored again (exact, float32): noise 1.0e-02, 100% of one sign" in str(sentence)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("student.lora={rank: 8}", r"student\.lora says how the student is warmed up, but there are no rows"),
+        ("warm_up.epochs=3", "warm_up says how the student is warmed up, but there are no rows"),
+        ("student.drop_layers=[1]", r"has no optimizer state: warm it up .* or set score\.learning_rate"),
+    ],
+)
+def test_settings_of_a_warm_up_that_is_not_made_are_refused(override: str, said: str) -> None:
+    tree = {
+        "run": "scores", "student": {"model": "s"},
+        "data": {name: {"path": f"{name}.jsonl"} for name in ("examples", "reference")},
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=said):
+        score_settings(tree, [override])
 
 
 def test_instructions_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,9 +44,9 @@ def main() -> None:
         chat = ChatFormat.load(directory, None, influence.PADDED)
         encoded = [chat.encode(row["instruction"], row["response"]) for row in rows]
         example = sorted(encoded, key=lambda row: len(row.input_ids))[len(encoded) // 2]
-        measured = ReferenceSet(encoded[: arguments.reference], arguments.tokens, chat.pad_token_id, device=device)
+        measured = ReferenceSet(encoded[: arguments.reference], arguments.tokens, device=device)
         student = LocalStudent(
-            directory, pad_token_id=chat.pad_token_id, rule=AdamW.load(directory), device=device,
+            directory, rule=AdamW.load(directory), device=device,
             compiled=arguments.compile,
         )  # fmt: skip
         result = {

@@ -42,7 +42,7 @@ def row_losses(
     chat = ChatFormat.load(Path(model), chat_template, max_length)
     encoded = [chat.encode(row["instruction"], row["response"]) for row in rows]
     require_responses(rows, encoded)
-    reference = ReferenceSet(encoded, tokens_a_pass, chat.pad_token_id, device=device)
+    reference = ReferenceSet(encoded, tokens_a_pass, device=device)
     student: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     loss = ResponseLoss(student.to(device).eval())
     losses: list[float] = reference.losses(lambda batch: loss(**batch.tensors)).tolist()

@@ -47,7 +47,6 @@ class LocalStudent:
         self,
         directory: Path,
         *,
-        pad_token_id: int,
         rule: AdamW,
         device: torch.device,
         compiled: bool = False,
@@ -57,7 +56,6 @@ class LocalStudent:
 
         Args:
             directory: a Hugging Face model directory, with `optimizer.safetensors` beside it unless `rule.step` is 0.
-            pad_token_id: fills up short rows.
             rule: settings of the step.
             device: where all buffers live.
             compiled: layers pass through `torch.compile`, once for batches of any shape.
@@ -68,7 +66,6 @@ class LocalStudent:
         """
         self._rule = rule
         self._device = device
-        self._pad_token_id = pad_token_id
         loaded = ResponseLoss(load_model(directory, 0).eval().to(device))
         # What a model computes with a head of its own may wait for the device.
         self._can_record = loaded.try_head(device) and can_record(device)
@@ -176,10 +173,10 @@ class LocalStudent:
         """Add the gradient of an example to the buffer and return its loss (scalar)."""
         module = self._copies.modules["warmed"]
         if not self._records:
-            return _backward(module, response_inputs([example], self._pad_token_id, self._device))
+            return _backward(module, response_inputs([example], self._device))
         tokens = len(example.input_ids)
         length = max(tokens, min(math.ceil(tokens / BUCKET) * BUCKET, self._longest))  # learned positions end there
-        inputs = response_inputs([example], self._pad_token_id, self._device, length=length)
+        inputs = response_inputs([example], self._device, length=length)
         fixed = self._fixed_inputs.setdefault(length, inputs)
         for name, tensor in inputs.items():
             fixed[name].copy_(tensor)

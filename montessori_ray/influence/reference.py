@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from montessori_ray.errors import DataError
 from montessori_ray.influence.attention import use_fused_attention
-from montessori_ray.training.chat import IGNORED, Encoded, collate
+from montessori_ray.training.chat import FILLING, IGNORED, Encoded, collate
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 """Of forward and backward passes: float32; its matrix products with 10 bits of mantissa (NVIDIA GPUs); bfloat16."""
@@ -71,7 +71,8 @@ class ChunkedCrossEntropy(nn.Module):
 
 
 def _cross_entropies(hidden: Tensor, words: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, weight, bias).float(), words, reduction="none")
+    # Some families (Mamba) keep their states in float32 whatever their weights are.
+    return F.cross_entropy(F.linear(hidden.to(weight.dtype), weight, bias).float(), words, reduction="none")
 
 
 @functools.cache
@@ -92,7 +93,8 @@ class ResponseLoss(nn.Module):
         self.precision: Precision = "float32"
         use_fused_attention(model)
         embedding = model.get_output_embeddings()
-        self.head = ChunkedCrossEntropy(embedding) if isinstance(embedding, nn.Linear) else None
+        split = isinstance(embedding, nn.Linear) and model.get_decoder() is not model  # Llama 4's is the whole model
+        self.head = ChunkedCrossEntropy(embedding) if split else None
         self._head_is_enough: bool | None = None if self.head else False
 
     def try_head(self, device: torch.device) -> bool:
@@ -157,16 +159,13 @@ def _nothing_hidden(input_ids: Tensor) -> Tensor:
     return torch.ones_like(input_ids)
 
 
-def response_inputs(
-    rows: Sequence[Encoded], pad_token_id: int, device: torch.device, *, length: int | None = None
-) -> dict[str, Tensor]:
+def response_inputs(rows: Sequence[Encoded], device: torch.device, *, length: int | None = None) -> dict[str, Tensor]:
     """Arguments of `ResponseLoss` for rows, on the device.
 
     Rows are filled up on the right, and no mask goes with them: a causal model's states depend on nothing that follows.
 
     Args:
         rows: R tokenized rows.
-        pad_token_id: what short rows are filled up with.
         device: where the arguments go.
         length: T; all shapes then depend on R and T alone, as a recorded pass needs it: every position is asked for,
             and words that are no response count nothing. None: that of the longest row, and only response tokens are
@@ -176,9 +175,9 @@ def response_inputs(
         `input_ids` (R, T), `positions` (N,) in the R x T tokens whose next one is asked for, `words` (N,) these next
         ones, `counts` (R,) response tokens of a row.
     """
-    batch = collate(rows, pad_token_id)
+    batch = collate(rows)
     missing = 0 if length is None else length - batch["input_ids"].shape[1]
-    ids = F.pad(batch["input_ids"], (0, missing), value=pad_token_id)
+    ids = F.pad(batch["input_ids"], (0, missing), value=FILLING)
     next_words = F.pad(batch["labels"][:, 1:], (0, missing + 1), value=IGNORED)
     counts = (next_words != IGNORED).sum(dim=1)
     asked = (next_words != IGNORED).flatten() if length is None else torch.ones(ids.numel(), dtype=torch.bool)
@@ -211,7 +210,6 @@ class ReferenceSet:
         self,
         encoded: Sequence[Encoded],
         tokens: int,
-        pad_token_id: int,
         *,
         mean: LossMean = "example",
         mean_batch: int = 8,
@@ -223,7 +221,6 @@ class ReferenceSet:
         Args:
             encoded: the reference rows, each with a response token (`require_responses`).
             tokens: padded tokens a batch may hold; a batch has one row at least.
-            pad_token_id: what short rows are filled up with; no response token sees it.
             mean: what the reference loss is a mean of.
             mean_batch: rows of a batch for `mean="batch"`.
             device: where the batches stay.
@@ -251,7 +248,7 @@ class ReferenceSet:
                 ReferenceBatch(
                     tuple(mine[span]),
                     my_weights[span].to(device),
-                    response_inputs([encoded[index] for index in mine[span]], pad_token_id, device),
+                    response_inputs([encoded[index] for index in mine[span]], device),
                 )
                 for span in _spans(lengths, tokens)
             ]

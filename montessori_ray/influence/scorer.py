@@ -31,6 +31,7 @@ from montessori_ray.influence.reference import Precision, ReferenceSet, require_
 from montessori_ray.influence.score import Score
 from montessori_ray.influence.update import OPTIMIZER_JSON, AdamW
 from montessori_ray.influence.zero_student import ZeroStudent
+from montessori_ray.models import OPTIMIZER_TENSORS
 from montessori_ray.training.chat import ChatFormat, Encoded
 
 SAMPLE_SEED = 0
@@ -76,7 +77,7 @@ class Scorer:
         self._precision: Precision = settings.meaning("precision")
         self._recheck: Estimator | None = None
         with _process_kept():
-            self._student = open_student(student, settings, self._chat.pad_token_id)
+            self._student = open_student(student, settings)
             self._set_precision(self._precision)
             self._estimator = self._open_estimator(settings.estimator)
             self._generators = generator_states()
@@ -174,7 +175,7 @@ class Scorer:
     def _reference_set(self, rows: Sequence[Encoded]) -> ReferenceSet:
         settings = self._settings
         return ReferenceSet(
-            rows, settings.reference_tokens, self._chat.pad_token_id, mean=settings.loss_mean,
+            rows, settings.reference_tokens, mean=settings.loss_mean,
             mean_batch=settings.loss_batch, device=device_of(settings), rank=dist.get_rank(),
             world=dist.get_world_size(),
         )  # fmt: skip
@@ -195,10 +196,10 @@ def _process_kept() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
-def open_student(directory: Path, settings: ScoreSettings, pad_token_id: int) -> Student:
+def open_student(directory: Path, settings: ScoreSettings) -> Student:
     """The warmed student on the backend that the settings choose, on this rank's device."""
-    state = Path(settings.optimizer_state or directory)
-    kwargs: dict[str, Any] = {"pad_token_id": pad_token_id, "rule": step_rule(state, settings), "moments": state}
+    state = state_of(directory, settings)
+    kwargs: dict[str, Any] = {"rule": step_rule(state, settings), "moments": state}
     if settings.backend == "zero" or settings.group_size > 1:
         return ZeroStudent(directory, zero_stage=settings.zero_stage, offload=settings.offload, **kwargs)
     return LocalStudent(directory, device=device_of(settings), compiled=settings.compile, **kwargs)
@@ -216,14 +217,33 @@ def _drawn(rows: Sequence[Encoded], count: int | None) -> list[Encoded]:
     return [rows[index] for index in sorted(random.Random(SAMPLE_SEED).sample(range(len(rows)), count))]
 
 
+def state_of(student: Path, settings: ScoreSettings) -> Path:
+    """The folder of a student's optimizer state, its own or the one that the settings name."""
+    named = settings.optimizer_state
+    return student if named in (None, "none") else Path(named)
+
+
 def step_rule(optimizer_state: Path, settings: ScoreSettings) -> AdamW:
-    """The warm-up's optimizer settings, with `score.learning_rate` where that is given; fresh ones where none are.
+    """The warm-up's optimizer settings, with `score.learning_rate` where that is given; fresh ones where the settings
+    say `none`, or name no state and the student has none.
 
     Raises:
-        ModelError: there is no optimizer state, and no rate to take a step without one.
+        ModelError: there is half of an optimizer state, or none where one is named, or no rate to take a step without
+            one.
     """
-    if (optimizer_state / OPTIMIZER_JSON).exists():
+    if settings.optimizer_state == "none":
+        assert settings.learning_rate is not None  # the config sees to it
+        return AdamW.fresh(settings.learning_rate)
+    files = [optimizer_state / name for name in (OPTIMIZER_JSON, OPTIMIZER_TENSORS)]
+    missing = [file.name for file in files if not file.is_file()]
+    if not missing:
         return AdamW.load(optimizer_state, settings.learning_rate)
+    if settings.optimizer_state is not None or len(missing) < len(files):
+        raise ModelError(
+            f"{optimizer_state} has no {' and no '.join(missing)}, so it is no optimizer state of a warmed student: "
+            "name another folder (`--optimizer-state DIR`, score.optimizer_state=DIR), or take fresh moments "
+            "(score.optimizer_state=none score.learning_rate=RATE)"
+        )
     if settings.learning_rate is None:
         raise ModelError(
             f"{optimizer_state} has no {OPTIMIZER_JSON}, so the student was not warmed up: warm it up first "

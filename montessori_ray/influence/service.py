@@ -18,7 +18,8 @@ import torch
 from ray.exceptions import RayTaskError
 
 from montessori_ray.config import Score as ScoreSettings
-from montessori_ray.errors import ConfigError, DataError, UserError
+from montessori_ray.errors import ConfigError, DataError, ResourceError, UserError
+from montessori_ray.influence.estimators import NotRestoredError
 from montessori_ray.influence.ledger import Row
 from montessori_ray.influence.scorer import Scorer, join_alone
 from montessori_ray.training.ray_train import worker_environment
@@ -65,10 +66,17 @@ class ScoringActor:
 
         Raises:
             DataError: a row lacks one of these or it is no text; nothing of the batch is scored.
+            ResourceError: the student was not in its warmed state after this batch or an earlier one.
         """
         require_rows(batch)
         scorer = self._loaded()
-        return [score.row() for score in scorer.score_each(batch)]
+        try:
+            rows = [score.row() for score in scorer.score_each(batch)]
+            scorer.verify()
+        except NotRestoredError as error:
+            self._scorer = ResourceError(f"{error}: no row of this batch holds; start another scoring actor")
+            raise self._scorer from error
+        return rows
 
     def _loaded(self) -> Scorer:
         if isinstance(self._scorer, UserError):
@@ -84,10 +92,10 @@ def require_rows(batch: Sequence[Mapping[str, Any]]) -> None:
     """
     for number, row in enumerate(batch):
         for column in COLUMNS:
-            if not isinstance(row.get(column), str):
+            value = row.get(column) if isinstance(row, Mapping) else row
+            if not isinstance(value, str):
                 raise DataError(
-                    f"row {number} of the batch has {column}={row.get(column)!r}: give every row the texts "
-                    f"{', '.join(COLUMNS)}"
+                    f"row {number} of the batch has {column}={value!r}: give every row the texts {', '.join(COLUMNS)}"
                 )
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from montessori_ray.errors import ModelError
+
 OPTIMIZER_JSON = "optimizer.json"
 """File of a warmed student that holds the fields of `AdamW`."""
 
@@ -34,10 +36,18 @@ class AdamW:
 
     @staticmethod
     def load(student: Path, learning_rate: float | None = None) -> AdamW:
-        """What the warm-up wrote into the student's directory, with another learning rate where one is given."""
-        fields = json.loads((student / OPTIMIZER_JSON).read_text(encoding="utf-8"))
-        fields["learning_rate"] = learning_rate or fields["learning_rate"]
-        return AdamW(**{**fields, "betas": tuple(fields["betas"])})
+        """What the warm-up wrote into the student's directory, with another learning rate where one is given.
+
+        Raises:
+            ModelError: the file is damaged.
+        """
+        path = student / OPTIMIZER_JSON
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields["learning_rate"] = learning_rate or fields["learning_rate"]
+            return AdamW(**{**fields, "betas": tuple(fields["betas"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"{path} is damaged ({error}): copy it again, or warm up again") from None
 
     @staticmethod
     def fresh(learning_rate: float) -> AdamW:

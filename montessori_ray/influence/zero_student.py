@@ -34,7 +34,6 @@ class ZeroStudent:
         directory: Path,
         *,
         zero_stage: int,
-        pad_token_id: int,
         rule: AdamW,
         moments: Path | None = None,
         offload: bool = False,
@@ -44,7 +43,6 @@ class ZeroStudent:
         Args:
             directory: a Hugging Face model directory, with `optimizer.safetensors` beside it unless `rule.step` is 0.
             zero_stage: DeepSpeed ZeRO stage.
-            pad_token_id: fills up short rows.
             rule: settings of the step.
             moments: directory of the moments where it is another one.
             offload: keep masters and moments in host memory (stages 1 to 3).
@@ -52,7 +50,6 @@ class ZeroStudent:
         Raises:
             ModelError: the moments do not fit the model.
         """
-        self._pad_token_id = pad_token_id
         model = load_model(directory, zero_stage)
         self._module = module = ResponseLoss(model)
         names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
@@ -123,7 +120,7 @@ class ZeroStudent:
         return self._state.change_along(gradient)
 
     def _loss(self, example: Encoded) -> Tensor:
-        loss: Tensor = self._engine(**response_inputs([example], self._pad_token_id, self._device))[0]
+        loss: Tensor = self._engine(**response_inputs([example], self._device))[0]
         return loss
 
     def _apply(self, loss: Tensor) -> None:

@@ -137,6 +137,7 @@ def _import_model(
     from montessori_ray.models import (
         EMBEDDED,
         check_model,
+        has_weights,
         join_adapter,
         prune_layers,
         resolve_model,
@@ -145,7 +146,7 @@ def _import_model(
     from montessori_ray.training.adapters import has_adapter
 
     folder = resolve_model(model)
-    if role == "student" and has_adapter(folder) and not (folder / "config.json").is_file() and not drop_layers:
+    if role == "student" and has_adapter(folder) and not has_weights(folder) and not drop_layers:
         with context.output.model_writer() as target:
             join_adapter(folder, target)
             check_model(target, role=role, chat_template=template, context=length)

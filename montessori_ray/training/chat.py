@@ -24,6 +24,11 @@ from montessori_ray.config import template_text
 from montessori_ray.errors import ModelError
 from montessori_ray.templates import apply_template
 
+FILLING = 0
+"""Token that fills up short rows of a batch: every model has one of this id, which its padding token need not have.
+
+Rows are filled up at their end, so that positions do not depend on the batch, and no other token attends to it."""
+
 IGNORED = -100
 """Label of a token whose loss is not asked for; torch's cross entropy leaves it out."""
 
@@ -49,10 +54,6 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self._turn_end = turn_end(tokenizer)
-        # Right padding: positions of real tokens do not depend on the batch, and padding is never attended to.
-        self.pad_token_id: int = (
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        )
 
     @staticmethod
     def load(model: Path | str, chat_template: str | None, max_length: int) -> ChatFormat:
@@ -72,9 +73,11 @@ class ChatFormat:
         """An instruction and its response as ids and labels, cut to `max_length`.
 
         Raises:
-            ModelError: the template does not render a single turn, or renders a conversation that does not begin with
-                its own prompt, so that no token can be said to be the response's first.
+            ModelError: a text is no valid Unicode, or the template does not render a single turn, or renders a
+                conversation that does not begin with its own prompt, so that no token can be said to be the response's
+                first.
         """
+        require_unicode(instruction + response)
         turn = [{"role": "user", "content": instruction}]
         prompt_ids = self._render(turn, add_generation_prompt=True)
         ids = self._render([*turn, {"role": "assistant", "content": response}], add_generation_prompt=False)
@@ -103,26 +106,46 @@ class ChatFormat:
         return ids
 
 
+def require_unicode(text: str) -> None:
+    """Refuse a text that no tokenizer takes: half of a surrogate pair, as JSON may hold it.
+
+    Raises:
+        ModelError: says so.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ModelError(f"the text is no valid Unicode ({error.reason} at character {error.start})") from None
+
+
 def end_of_turn(tokenizer: Any) -> int:
     """The token that ends an assistant's message in the chat template; the tokenizer's EOS where nothing does.
 
     The two differ for some models: Gemma ends a turn with <end_of_turn>, its EOS is <eos>.
     """
-    mark = "montessori"
-    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
-    text: str = apply_template(tokenizer, chat, tokenize=False)
-    ending = token_ids(tokenizer, text[text.rindex(mark) + len(mark) :].strip())
+    ending = _ending(tokenizer)
     eos: int = tokenizer.eos_token_id
     return ending[0] if ending else eos
 
 
 def turn_end(tokenizer: Any) -> int | None:
-    """As `end_of_turn`, if it is a token of its own and not the beginning of plain words, else EOS."""
+    """As `end_of_turn`, if it is a token of its own and not the beginning of plain words; else EOS where the template
+    writes it, and None where it ends a turn in words or not at all."""
     try:
-        ending = end_of_turn(tokenizer)
+        ending = _ending(tokenizer)
     except (TemplateError, ValueError):  # no turn can be rendered, or not with this mark; `encode` says what is wrong
-        return tokenizer.eos_token_id  # type: ignore[no-any-return]
-    return ending if ending in tokenizer.added_tokens_decoder else tokenizer.eos_token_id
+        return None
+    if ending and ending[0] in tokenizer.added_tokens_decoder:
+        return ending[0]
+    return tokenizer.eos_token_id if tokenizer.eos_token_id in ending else None
+
+
+def _ending(tokenizer: Any) -> list[int]:
+    """What the chat template puts behind an assistant's message."""
+    mark = "montessori"
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+    text: str = apply_template(tokenizer, chat, tokenize=False)
+    return token_ids(tokenizer, text[text.rindex(mark) + len(mark) :].strip())
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:
@@ -140,10 +163,10 @@ def _end_of_turn(ids: list[int], start: int, turn_end_id: int | None) -> int:
     return ends[-1] + 1 if ends else len(ids)
 
 
-def collate(encoded: Sequence[Encoded], pad_token_id: int) -> dict[str, Tensor]:
+def collate(encoded: Sequence[Encoded]) -> dict[str, Tensor]:
     """A right-padded batch: `input_ids`, `attention_mask` and `labels`, each int64 (B, L)."""
     length = max(len(example.input_ids) for example in encoded)
-    input_ids_BL = torch.full((len(encoded), length), pad_token_id)  # noqa: N806
+    input_ids_BL = torch.full((len(encoded), length), FILLING)  # noqa: N806
     attention_mask_BL = torch.zeros_like(input_ids_BL)  # noqa: N806
     labels_BL = torch.full_like(input_ids_BL, IGNORED)  # noqa: N806
     for row, example in enumerate(encoded):

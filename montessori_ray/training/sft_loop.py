@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from montessori_ray.config import Training
-from montessori_ray.errors import DataError
+from montessori_ray.errors import DataError, ModelError
 from montessori_ray.training.adapters import add_adapter, copy_base, on_adapter
-from montessori_ray.training.chat import IGNORED, ChatFormat, Encoded, collate
+from montessori_ray.training.chat import FILLING, IGNORED, ChatFormat, Encoded, collate
 from montessori_ray.training.engine import build_engine, load_model, set_learning_rate
 from montessori_ray.training.ray_train import TrainingFailed
 from montessori_ray.training.sft import FineTuning
@@ -84,7 +84,7 @@ def train(job: FineTuning) -> dict[str, Any]:
         rate = learning_rate_at(counters.step + 1, total, training)
         set_learning_rate(engine, rate)
         seed_dropout(job.seed, counters.step)
-        value = train_step(engine, batch, training.micro_batch_size, chat.pad_token_id)
+        value = train_step(engine, batch, training.micro_batch_size)
         counters = advance(counters, batch, value, time.monotonic() - started)
         if dist.get_rank() == 0:
             job.progress.update(counters.step, total, unit="steps", loss=value, learning_rate=rate)
@@ -130,7 +130,7 @@ class ResponseLossSum(nn.Module):
         return F.cross_entropy(output.logits[:, :-1][asked].float(), targets_BL[asked], reduction="sum")
 
 
-def train_step(engine: Any, batch: Sequence[Encoded], micro_batch_size: int, pad_token_id: int) -> float:
+def train_step(engine: Any, batch: Sequence[Encoded], micro_batch_size: int) -> float:
     """One AdamW step on a batch shared by all ranks; returns the mean loss over its response tokens.
 
     Every rank is given the whole batch and takes its share. A batch without response tokens changes nothing (NaN).
@@ -147,7 +147,7 @@ def train_step(engine: Any, batch: Sequence[Encoded], micro_batch_size: int, pad
     share = deal([example for example in batch if example.response_tokens], micro_batch_size, rank, world)
     for number, examples in enumerate(share, start=1):
         engine.set_gradient_accumulation_boundary(number == len(share))
-        tensors = {name: tensor.to(device) for name, tensor in collate(examples, pad_token_id).items()}
+        tensors = {name: tensor.to(device) for name, tensor in collate(examples).items()}
         loss = engine(**tensors)
         total += loss.detach()
         engine.backward(loss * (world / tokens), scale_wrt_gas=False)
@@ -195,8 +195,19 @@ def batch_indices(rows: int, batch_size: int, seed: int, epoch: int, position: i
 
 
 def encode_batch(table: pa.Table, indices: list[int], chat: ChatFormat) -> list[Encoded]:
-    """The batch as token ids; a third of a millisecond a row, so rows are kept as text and tokenized when used."""
-    return [chat.encode(row["instruction"], row["response"]) for row in table.take(indices).to_pylist()]
+    """The batch as token ids; a third of a millisecond a row, so rows are kept as text and tokenized when used.
+
+    A row that the chat template cannot render, or not so that its response can be told from its prompt, has no response
+    token, as one whose prompt fills `max_length`.
+    """
+
+    def encoded(row: dict[str, str]) -> Encoded:
+        try:
+            return chat.encode(row["instruction"], row["response"])
+        except ModelError:
+            return Encoded([FILLING], [IGNORED])
+
+    return [encoded(row) for row in table.take(indices).to_pylist()]
 
 
 def seed_dropout(seed: int, step: int) -> None:

@@ -91,12 +91,12 @@ BACKENDS: list[Backend] = [None, 0, 1, 2, 3]
 
 def student(warmed: Path, backend: Backend = None, rule: AdamW = RULE) -> Student:
     if backend is None:
-        return LocalStudent(warmed, pad_token_id=0, rule=rule, device=torch.device("cpu"))
-    return ZeroStudent(warmed, zero_stage=backend, pad_token_id=0, rule=rule)
+        return LocalStudent(warmed, rule=rule, device=torch.device("cpu"))
+    return ZeroStudent(warmed, zero_stage=backend, rule=rule)
 
 
 def reference_set(mean: LossMean = "example") -> ReferenceSet:
-    return ReferenceSet(REFERENCE, 40, 0, mean=mean, mean_batch=2)
+    return ReferenceSet(REFERENCE, 40, mean=mean, mean_batch=2)
 
 
 def exact(warmed: Student, baseline: str = "null_step", mean: LossMean = "example") -> Exact:

@@ -95,7 +95,7 @@ def test_corrected_measures_its_sample_and_takes_the_rest_from_gradients(
     model: LlamaForCausalLM, moments: dict[str, torch.Tensor], warmed: Path, backend: Backend
 ) -> None:
     rows = REFERENCE[1:3]
-    sample = ReferenceSet(rows, 40, 0)
+    sample = ReferenceSet(rows, 40)
     estimator = Corrected(
         student(warmed, backend), reference_set(), sample, baseline="null_step", verify_every=1, worker="here"
     )

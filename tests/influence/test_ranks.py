@@ -26,7 +26,7 @@ STAGES = [(0, False), (1, False), (2, False), (3, False), (2, True), (3, True)]
 
 def estimators(warmed: Student, rank: int = 0, world: int = 1) -> list[Estimator]:
     def part(rows: list[Any]) -> ReferenceSet:
-        return ReferenceSet(rows, 40, 0, rank=rank, world=world)
+        return ReferenceSet(rows, 40, rank=rank, world=world)
 
     kwargs: dict[str, Any] = {"baseline": "null_step", "verify_every": 1, "worker": "here"}
     whole, sample = part(REFERENCE), part(REFERENCE[1:3])
@@ -49,7 +49,7 @@ def score_on_rank(rank: int, world: int, warmed: Path, results: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{results}/meet", rank=rank, world_size=world)
     found = []
     for stage, offload in STAGES:
-        shared = ZeroStudent(warmed, zero_stage=stage, pad_token_id=0, rule=RULE, offload=offload)
+        shared = ZeroStudent(warmed, zero_stage=stage, rule=RULE, offload=offload)
         found.append(influences(shared, rank, world))
     if rank == 0:
         (results / "influences.json").write_text(json.dumps(found))

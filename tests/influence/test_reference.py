@@ -85,7 +85,7 @@ def test_rows_equal_the_models_own_loss(architecture: str, monkeypatch: pytest.M
     model = model_of(architecture)
     rows = random_rows([3, 17, 9, 2, 30, 11, 17])
     loss = ResponseLoss(model)
-    losses = ReferenceSet(rows, 40, 0).losses(lambda batch: loss(**batch.tensors))
+    losses = ReferenceSet(rows, 40).losses(lambda batch: loss(**batch.tensors))
     assert loss._head_is_enough == (architecture in PLAIN_HEADS)
     torch.testing.assert_close(losses, torch.tensor([own_loss(model, row) for row in rows]).double(), rtol=0, atol=3e-6)
 
@@ -97,7 +97,7 @@ def test_gradient_equals_the_models_own() -> None:
     model(**inputs).loss.backward()
     expected = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
     model.zero_grad()
-    ResponseLoss(model)(**response_inputs([row], 0, torch.device("cpu")))[0].backward()
+    ResponseLoss(model)(**response_inputs([row], torch.device("cpu")))[0].backward()
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7)
 
@@ -108,7 +108,7 @@ def test_a_pass_of_a_fixed_shape_is_the_same(architecture: str) -> None:
     rows = random_rows([20, 9])
     gradients = []
     for length in (None, 32):
-        inputs = response_inputs(rows, 0, torch.device("cpu"), length=length)
+        inputs = response_inputs(rows, torch.device("cpu"), length=length)
         losses = model(**inputs)
         losses.sum().backward()
         gradients.append([losses.detach(), *(parameter.grad for parameter in model.parameters())])
@@ -130,7 +130,7 @@ def test_no_mask_is_made_where_causality_is_all_not_even_while_a_graph_is_record
         seen.append(kwargs.get("attn_mask"))
         return attend(*args, **kwargs)
 
-    inputs = response_inputs(random_rows([17, 9]), 0, torch.device("cpu"))
+    inputs = response_inputs(random_rows([17, 9]), torch.device("cpu"))
     launched = model(**inputs)
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     for recording in (False, True):
@@ -166,11 +166,11 @@ def test_a_gradient_holds_one_chunk_of_logits_and_is_the_same(bfloat16: bool, mo
 
 
 def test_batches_keep_to_the_budget() -> None:
-    batches = ReferenceSet(random_rows([3, 17, 9, 2, 30, 11, 17]), 40, 0).batches
+    batches = ReferenceSet(random_rows([3, 17, 9, 2, 30, 11, 17]), 40).batches
     assert sorted(row for batch in batches for row in batch.rows) == list(range(7))
     for batch in batches:
         assert len(batch.rows) == 1 or batch.tensors["input_ids"].numel() <= 40
-    small = ReferenceSet(random_rows([3, 17, 9, 2, 30, 11, 17]), 160, 0).gradient_batches
+    small = ReferenceSet(random_rows([3, 17, 9, 2, 30, 11, 17]), 160).gradient_batches
     assert sorted(row for batch in small for row in batch.rows) == list(range(7))
     assert [len(batch.rows) for batch in small] == [1, 1, 1, 1, 2, 1]  # of 20 tokens
 
@@ -179,11 +179,11 @@ def test_batches_keep_to_the_budget() -> None:
 def test_ranks_split_the_rows_and_run_the_same_passes(world: int) -> None:
     model = ResponseLoss(model_of("llama"))
     rows = random_rows([3, 17, 9, 2, 30, 11, 17])
-    shares = [ReferenceSet(rows, 40, 0, rank=rank, world=world) for rank in range(world)]
+    shares = [ReferenceSet(rows, 40, rank=rank, world=world) for rank in range(world)]
     assert len({tuple(len(batch.rows) for batch in share.batches) for share in shares}) == 1
     losses = [share.losses(lambda batch: model(**batch.tensors)) for share in shares]
     together = torch.stack(losses).nanmean(dim=0)
-    alone = ReferenceSet(rows, 40, 0).losses(lambda batch: model(**batch.tensors))
+    alone = ReferenceSet(rows, 40).losses(lambda batch: model(**batch.tensors))
     torch.testing.assert_close(together, alone, rtol=0, atol=3e-6)
 
 
@@ -194,7 +194,7 @@ def test_a_row_without_response_is_refused() -> None:
     with pytest.raises(DataError, match=r"^row held-out-7 \("):
         require_responses([rows[0], {**rows[1], "example_id": "held-out-7"}], encoded)
     with pytest.raises(DataError, match="empty"):
-        ReferenceSet([], 40, 0)
+        ReferenceSet([], 40)
 
 
 def test_influence_and_standard_error() -> None:

@@ -1,6 +1,7 @@
 """A scorer on rows of text: its settings, its recheck, and what it refuses."""
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from montessori_ray.config import Score
 from montessori_ray.errors import DataError, ModelError
@@ -242,6 +244,57 @@ def test_moments_may_lie_elsewhere_or_be_fresh(scorer: Callable[..., Scorer], ti
     fresh = influences(scorer(bare, learning_rate=1e-3))
     assert fresh == influences(scorer(optimizer_state="none", learning_rate=1e-3))
     assert fresh != influences(scorer(learning_rate=1e-3))
+
+
+@pytest.mark.parametrize("lost", ["optimizer.json", "optimizer.safetensors"])
+def test_half_an_optimizer_state_or_none_where_one_is_named_is_refused(
+    scorer: Callable[..., Scorer], tiny: Path, tmp_path: Path, lost: str
+) -> None:
+    """Else a mistyped folder scores with fresh moments, and nothing says so."""
+    with pytest.raises(ModelError, match=r"nowhere has no optimizer\.json and no optimizer\.safetensors, so it is no"):
+        scorer(optimizer_state=str(tmp_path / "nowhere"), learning_rate=1e-3)
+    half = tmp_path / "half"
+    shutil.copytree(tiny, half)
+    (half / lost).unlink()
+    with pytest.raises(ModelError, match=rf"half has no {lost}, so it is no optimizer state"):
+        scorer(half, learning_rate=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["local", "zero"])
+@pytest.mark.parametrize("change", ["longer", "turned", "one", "others"])
+def test_moments_of_another_model_are_refused(
+    scorer: Callable[..., Scorer], tiny: Path, tmp_path: Path, backend: str, change: str
+) -> None:
+    state = tmp_path / "state"
+    shutil.copytree(tiny, state)
+    moments = load_file(tiny / "optimizer.safetensors")
+    key = "exp_avg.model.layers.0.mlp.up_proj.weight"
+    changed = {
+        "longer": {key: torch.cat([moments[key]] * 2)}, "turned": {key: moments[key].T.contiguous()},
+        "one": {key: moments[key][:1, :1]}, "others": {key.replace("layers.0", "layers.2"): moments[key].clone()},
+    }[change]  # fmt: skip
+    save_file(moments | changed, state / "optimizer.safetensors")
+    with pytest.raises(ModelError, match="it belongs to another model"):
+        scorer(backend=backend, optimizer_state=str(state))
+
+
+@pytest.mark.parametrize("name", ["optimizer.json", "optimizer.safetensors"])
+def test_a_damaged_optimizer_state_is_said(
+    scorer: Callable[..., Scorer], tiny: Path, tmp_path: Path, name: str
+) -> None:
+    state = tmp_path / "state"
+    shutil.copytree(tiny, state)
+    content = (state / name).read_bytes()
+    for damaged in (content[: len(content) // 2], b"{}"):
+        (state / name).write_bytes(damaged)
+        with pytest.raises(ModelError, match=rf"{name} is damaged"):
+            scorer(optimizer_state=str(state))
+
+
+def test_a_text_that_is_no_unicode_is_quarantined(scorer: Callable[..., Scorer]) -> None:
+    first, second = scorer().score_each([{**EXAMPLES[0], "response": "w2 \ud800"}, EXAMPLES[1]])
+    assert str(first.quarantine).startswith("the text is no valid Unicode (surrogates not allowed at character ")
+    assert second.quarantine is None
 
 
 @pytest.mark.parametrize("backend", ["local", "zero"])

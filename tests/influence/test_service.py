@@ -14,7 +14,8 @@ import ray
 import torch
 
 from montessori_ray.config import Score
-from montessori_ray.errors import ConfigError, DataError, ModelError
+from montessori_ray.errors import ConfigError, DataError, ModelError, ResourceError
+from montessori_ray.influence.estimators import NotRestoredError
 from montessori_ray.influence.scorer import Scorer, join_alone, leave
 from montessori_ray.influence.service import CALL_RETRIES, ScoringActor, require_rows, start_scoring_actor
 from tests.tiny import rows, write_student
@@ -44,9 +45,10 @@ def cluster() -> Iterator[None]:
         ({"instruction": "a", "response": "b"}, "example_id=None"),
         ({"example_id": "x", "instruction": "a", "response": None}, "response=None"),
         ({"example_id": "x", "instruction": 7, "response": "b"}, "instruction=7"),
+        (None, "example_id=None"),
     ],
 )
-def test_a_row_that_is_no_example_is_named(row: dict[str, Any], said: str) -> None:
+def test_a_row_that_is_no_example_is_named(row: Any, said: str) -> None:
     with pytest.raises(DataError, match=f"row 1 of the batch has {said}: give every row the texts example_id"):
         require_rows([rows(1, 0)[0], row])
 
@@ -64,6 +66,30 @@ def test_a_call_that_kills_its_process_is_not_repeated_for_ever(monkeypatch: pyt
     told = options.call_args.kwargs
     assert (told["max_restarts"], told["max_task_retries"]) == (-1, CALL_RETRIES)
     assert 0 < CALL_RETRIES < 10
+
+
+class Spoilt:
+    """A scorer that finds, after its first batch, that the student is not as it was."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+
+    def score_each(self, batch: Any) -> list[Any]:
+        self.batches += 1
+        return []
+
+    def verify(self) -> None:
+        raise NotRestoredError("weights are others")
+
+
+def test_an_actor_whose_student_is_spoilt_answers_no_more() -> None:
+    kind = ScoringActor.__ray_metadata__.modified_class
+    actor = kind.__new__(kind)
+    actor._scorer = spoilt = Spoilt()
+    for _ in range(2):
+        with pytest.raises(ResourceError, match="weights are others: no row of this batch holds; start another"):
+            actor.score(rows(2, 0))
+    assert spoilt.batches == 1
 
 
 @pytest.mark.slow

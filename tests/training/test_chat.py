@@ -72,6 +72,19 @@ def test_what_ends_a_turn_is_the_templates_not_the_tokenizers_eos(tokenizer):
     assert encoded.input_ids[-4:] == ids("it is four <|end|>")
 
 
+def test_a_mention_of_eos_ends_no_response_where_the_template_writes_none(tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }} next {% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}assistant {% endif %}"
+    encoded = ChatFormat(tokenizer, 100).encode("what is two", "it <|end|> four")
+    assert encoded.input_ids[-4:] == ids("it <|end|> four next")
+
+
+def test_a_text_that_no_tokenizer_takes_is_said(tokenizer):
+    tokenizer.chat_template = CHATML
+    with pytest.raises(ModelError, match="the text is no valid Unicode"):
+        ChatFormat(tokenizer, 100).encode("what is \ud800", "it")
+
+
 def test_plain_words_at_the_end_of_a_turn_are_learned_whole(tokenizer):
     tokenizer.chat_template = (
         "{% for m in messages %}<|start|>{{ m['role'] }} {{ m['content'] }}{% if m['role'] == 'assistant' %} ok next"
@@ -126,7 +139,7 @@ def test_a_folder_that_is_not_there_is_no_name_of_the_hub(tmp_path: Path):
 
 
 def test_collate_pads_on_the_right():
-    batch = collate([Encoded([5, 6, 7], [-100, 6, 7]), Encoded([8], [8])], 0)
+    batch = collate([Encoded([5, 6, 7], [-100, 6, 7]), Encoded([8], [8])])
     assert torch.equal(batch["input_ids"], torch.tensor([[5, 6, 7], [8, 0, 0]]))
     assert torch.equal(batch["attention_mask"], torch.tensor([[1, 1, 1], [1, 0, 0]]))
     assert torch.equal(batch["labels"], torch.tensor([[-100, 6, 7], [8, -100, -100]]))

@@ -102,7 +102,7 @@ def plain_pytorch(student: Path, rows: list[str], lora: LoraConfig | None = None
     for step in range(8):
         indices = sft_loop.batch_indices(len(table), 8, SEED, step // 4, step % 4)
         encoded = [chat.encode(table[index]["instruction"], table[index]["response"]) for index in indices]
-        batch = collate(encoded, chat.pad_token_id)
+        batch = collate(encoded)
         loss = model(**batch).loss  # transformers' own: mean over the labels that are not -100
         adamw.zero_grad()
         loss.backward()
