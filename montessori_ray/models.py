@@ -258,7 +258,7 @@ def _check_fit(folder: Path, role: str) -> None:
     try:
         with _silent_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, device_map="meta", output_loading_info=True)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"the {role} in {folder} cannot be loaded: {_first_line(error)}") from None
     found = loaded[1]
     if lacking := sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}):
