@@ -28,6 +28,7 @@ from montessori_ray.calibration import load_calibration, say_scoring
 from montessori_ray.cluster import address_of, cluster_nodes, connected, require_room, say_bundles, this_machine
 from montessori_ray.config import Config, ScoreFiles, judge_settings, load_benchmarks, load_config, score_settings
 from montessori_ray.errors import ConfigError, RunError, UserError
+from montessori_ray.outputs import new_folder, parent_of
 from montessori_ray.scoring import EXAMPLES, INFLUENCE, score_files, stages_of_scoring
 from montessori_ray.session import open_run
 from montessori_ray.stages.base import AnySettings, Stage, bundles_of
@@ -336,6 +337,8 @@ def alpaca_eval(
     from montessori_ray.evaluation.alpaca_eval import write_outputs
 
     artifacts = open_run(directory)
+    if artifacts.artifact("compare/result").made_from() is not None:
+        raise RunError(f"{artifacts.root} is a comparison, in which no student answers: give the run of one loop")
     students = {name: artifacts.artifact(f"final/answers_{name}") for name in ("original", "trained")}
     for answers in students.values():
         if answers.manifest() is None:
@@ -343,7 +346,7 @@ def alpaca_eval(
                 f"{answers.url} does not exist yet: students answer only in runs with evaluate.judge; add it, to a "
                 "finished run too, with `montessori run -c CONFIG 'evaluate.judge={model: pool}'` or another judge"
             )
-    output.mkdir(parents=True, exist_ok=True)
+    parent_of(output / "original.json")
     for name, answers in students.items():
         outputs = ((row["instruction"], row["response"]) for row in answers.rows(["instruction", "response"]))
         write_outputs(output / f"{name}.json", outputs, generator=name, dataset="held_out")
@@ -361,7 +364,7 @@ def prune_student(
     from montessori_ray.models import prune_layers, resolve_model
 
     layers = _layers(drop_layers)
-    prune_layers(resolve_model(model), layers, output)
+    prune_layers(resolve_model(model), layers, new_folder(output))
     typer.echo(f"{output}: {model} without layers {', '.join(map(str, layers))}")
 
 

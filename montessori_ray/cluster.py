@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -28,6 +29,9 @@ Answer = TypeVar("Answer")
 
 WHOLE = 10_000
 """Parts of one CPU or GPU that Ray tells apart."""
+
+CONNECT_TIMEOUT_S = 10.0
+"""Seconds in which a cluster's head node must take a connection."""
 
 LOOK_TIMEOUT_S = 60.0
 """Seconds in which a node must have started a process that looks for files or memory."""
@@ -55,6 +59,8 @@ def connected(cluster: Cluster) -> Iterator[str]:
             f"{address} is where jobs or Ray's client are taken in: a run connects to `auto`, on a node of the "
             "cluster, or HEAD:6379, and from elsewhere it is a job (`ray job submit --address http://HEAD:8265 ...`)"
         )
+    if address:
+        require_listener(address)
     on_termination = signal.getsignal(signal.SIGTERM)
     try:
         if address:
@@ -83,6 +89,24 @@ def connected(cluster: Cluster) -> Iterator[str]:
         yield f"{address or 'a cluster of its own'}, dashboard {dashboard}"
     finally:
         ray.shutdown()
+
+
+def require_listener(address: str) -> None:
+    """Refuse HOST:PORT where nothing listens; Ray would try it for a quarter of an hour, with a page of warnings.
+
+    Raises:
+        ResourceError: see above.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return  # `auto`, which Ray looks up
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ResourceError(
+            f"no Ray cluster answers at {address} ({error}): `ray status` on its head node says whether it is up, and "
+            "the port is 6379 unless it was started with another"
+        ) from None
 
 
 def cluster_nodes() -> list[Bundle]:

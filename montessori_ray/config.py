@@ -499,6 +499,8 @@ class Judge(Section):
                 f"model {self.model} with base_url {self.base_url}: a judge is either `pool`, without a base_url, or a "
                 "model's name at the base_url of an OpenAI-compatible endpoint"
             )
+        if self.base_url is not None and not re.match("https?://", self.base_url):
+            raise ValueError(f"base_url is {self.base_url}, expected an address such as http://host:8000/v1")
         return self
 
 

@@ -323,11 +323,13 @@ def prune_layers(model_dir: Path, layers: Sequence[int], output: Path) -> None:
         output: directory of the copy, made if needed.
 
     Raises:
-        ModelError: a layer does not exist, or none would be left.
+        ModelError: the model is damaged, a layer does not exist, or none would be left.
     """
     if has_adapter(model_dir):
         raise ModelError(f"{model_dir} is an adapter, layers are removed from whole models: merge it into one first")
-    count = AutoConfig.from_pretrained(model_dir).get_text_config().num_hidden_layers
+    count = _read_config(model_dir, "model").num_hidden_layers
+    _check_weights(model_dir, "model")
+    _check_fit(model_dir, "model")
     if unknown := sorted(set(layers) - set(range(count))):
         raise ModelError(f"{model_dir} has layers 0 to {count - 1}; drop_layers names {unknown}")
     kept = [index for index in range(count) if index not in set(layers)]

@@ -203,6 +203,21 @@ def test_layers_and_ranges_of_them_are_read(tmp_path: Path, tiny_model: Path) ->
     assert "without layers 1\n" in CliRunner().invoke(app, [*line, "1-1"]).stdout
 
 
+def test_a_pruned_model_overwrites_nothing(tmp_path: Path, tiny_model: Path) -> None:
+    copied = shutil.copytree(tiny_model, tmp_path / "model")
+    before = {file.name: file.read_bytes() for file in copied.iterdir()}
+
+    def said(*arguments: str) -> str:
+        return CliRunner().invoke(app, ["prune-student", "--drop-layers", "1", *arguments]).stderr
+
+    assert "is no empty folder" in said("--model", str(copied), "--output", str(copied))
+    assert before == {file.name: file.read_bytes() for file in copied.iterdir()}
+    under_a_file = str(copied / "config.json" / "x")
+    assert "cannot be made (Not a directory)" in said("--model", str(tiny_model), "--output", under_a_file)
+    (copied / "config.json").unlink()
+    assert "has no config.json" in said("--model", str(copied), "--output", str(tmp_path / "pruned"))
+
+
 def test_no_permission(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "is a file" in refused(tmp_path / "file")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,17 @@ def test_equal_shares_of_one_gpu_fill_it_exactly(gpus: int, workers_a_gpu: int) 
     if share * workers_a_gpu <= 1:
         assert unplaceable([{"GPU": share}] * workers_a_gpu * gpus, [{"GPU": 1.0}] * gpus) is None
     assert unplaceable([{"GPU": share}] * (workers_a_gpu * gpus + gpus), [{"GPU": 1.0}] * gpus) is not None
+
+
+def test_an_address_where_nothing_listens_is_refused_at_once() -> None:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # taken, and nobody listens
+        address = f"127.0.0.1:{bound.getsockname()[1]}"
+        started = time.monotonic()
+        said = f"no Ray cluster answers at {address} .*`ray status` on its head"
+        with pytest.raises(ResourceError, match=said), connected(Cluster(address=address)):
+            pytest.fail("connected")
+    assert time.monotonic() - started < 60
 
 
 def test_require_room_says_what_is_asked_and_what_is_there() -> None:

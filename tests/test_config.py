@@ -383,6 +383,10 @@ def test_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
             r"compare: arm a sets tune_teacher\.seed: seeds are compare\.tuning_seeds",
         ),
         ("pool.worker.gpus=-1", r"pool\.worker\.gpus is -1"),
+        (
+            "evaluate.judge={model: m, base_url: 'host:9/v1'}",
+            r"evaluate\.judge: base_url is host:9/v1, expected an address such as http://",
+        ),
         ("pool.worker.gpus=1.5", r"pool\.worker\.gpus: Ray gives a share of one GPU or whole GPUs"),
         ("synthesize.duplicate_rouge_l=1.5", r"synthesize\.duplicate_rouge_l is 1\.5"),
         ("student.drop_layers=[a]", r"student\.drop_layers\.0 is 'a'"),

@@ -165,10 +165,11 @@ def test_where_many_answers_cannot_be_used_both_sets_shrink(cut: int, sizes: lis
 
 
 def test_rows_near_a_reference_row_are_left_out() -> None:
-    rows = [{"instruction": text} for text in ("What is the capital of Peru?", "Name a river.", "NAME a  lake!", "?!")]
-    others = ["What is the capital of France?", "name a lake"]
-    assert [row["instruction"] for row in apart(rows, others, rouge_l=0.7)] == ["Name a river.", "?!"]
-    assert list(apart(rows, [], rouge_l=0.7)) == rows
+    texts = ("What is the capital of Peru?", "Name a river.", "NAME a  lake!", "?!", "\u5199\u8bd7")
+    rows = [{"instruction": text} for text in texts]
+    others = ["What is the capital of France?", "name a lake", "\u5199\u8bd7"]
+    assert [row["instruction"] for row in apart(rows, others)] == ["Name a river.", "?!"]
+    assert list(apart(rows, [])) == rows
 
 
 @pytest.mark.parametrize("selected", [False, True])

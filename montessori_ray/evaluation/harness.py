@@ -15,6 +15,7 @@ from typing import Any
 from montessori_ray.config import Benchmarks
 from montessori_ray.errors import ConfigError, DataError, ModelError, RunError
 from montessori_ray.models import model_digest
+from montessori_ray.outputs import parent_of, write_whole
 
 Results = dict[str, Any]
 
@@ -52,7 +53,7 @@ def run_benchmarks(
         loaded = _load_model(model, settings)
         for task in left:
             results["tasks"][task] = _run_task(task, settings, loaded, manager)
-            output.write_text(json.dumps(results, indent=1), encoding="utf-8")
+            write_whole(output, json.dumps(results, indent=1))
             on_task(task, results["tasks"][task])
     return results
 
@@ -65,9 +66,10 @@ def _begin(model: Path, settings: Benchmarks, output: Path) -> Results:
         "settings": settings.model_dump(mode="json", exclude={"tasks"}),
         "versions": _versions(settings.backend),
     }
+    parent_of(output)
     if not output.exists():
         return made_by | {"tasks": {}}
-    results: Results = json.loads(output.read_text(encoding="utf-8"))
+    results = _read(output)
     changed = [SAID.get(name, name) for name, value in made_by.items() if results.get(name) != value]
     changed += [
         task for task, shots in settings.tasks.items() if results["tasks"].get(task, {}).get("shots", shots) != shots
@@ -75,6 +77,16 @@ def _begin(model: Path, settings: Benchmarks, output: Path) -> Results:
     if changed:
         raise RunError(f"{output} holds results of another {', '.join(changed)}: choose another output, or remove it")
     return results
+
+
+def _read(output: Path) -> Results:
+    try:
+        results: Results = json.loads(output.read_text(encoding="utf-8"))
+        if isinstance(results, dict) and isinstance(results.get("tasks"), dict):
+            return results
+    except (OSError, ValueError):
+        pass
+    raise RunError(f"{output} holds no results of benchmarks: choose another output, or remove it")
 
 
 def _versions(backend: str) -> dict[str, str]:

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 from montessori_ray.errors import DataError, RunError
 from montessori_ray.evaluation.endpoint import Ask, Conversation, Reply
-from montessori_ray.evaluation.statistics import mean_se
+from montessori_ray.evaluation.statistics import grouped_mean
+from montessori_ray.outputs import parent_of, write_whole
 
 PROMPT = """\
 Below is a conversation between a person and an assistant. Grade the assistant's answer to the person's {which} \
@@ -39,6 +40,9 @@ _RATING = re.compile(r"(?i:rating)(?:\s*\([^)]*\))?\W*(\d+(?:\.\d+)?)")
 """A scale may stand in brackets before the grade."""
 
 WHICH = ("first", "second")
+
+GRADE = ("question_id", "turn", "answer", "rating")
+"""Columns of a grade; the first one begins every line."""
 
 
 class Question(NamedTuple):
@@ -74,7 +78,13 @@ def read_answers(path: Path) -> dict[int, tuple[str, str]]:
         DataError: as `read_questions`.
     """
     rows = _rows(path, ("question_id", "choices"))
-    return {row["question_id"]: _two(path, row, row["choices"][0]["turns"]) for row in rows}
+    return {row["question_id"]: _two(path, row, _first_choice(row).get("turns")) for row in rows}
+
+
+def _first_choice(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    choices = row["choices"]
+    found = choices[0] if isinstance(choices, list) and choices else None
+    return found if isinstance(found, dict) else {}
 
 
 def write_answers(path: Path, answers: Answers, *, model: str) -> None:
@@ -90,7 +100,7 @@ def write_answers(path: Path, answers: Answers, *, model: str) -> None:
         }
         for question_id, turns in answers.items()
     ]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def answer_questions(questions: Sequence[Question], ask: Ask) -> dict[int, tuple[str, str]]:
@@ -164,6 +174,7 @@ def grade_to_file(
         DataError: the file holds grades by another judge.
         RunError: the file holds grades of other answers. And what `grade` raises.
     """
+    parent_of(output)
     rows = _begun(output)
     if others := sorted({row.get("judge", "a judge it does not name") for row in rows} - {judge}):
         raise DataError(
@@ -184,12 +195,18 @@ def grade_to_file(
 
 
 def _begun(output: Path) -> list[dict[str, Any]]:
-    """Rows of an earlier session, without a last line that a kill cut off."""
+    """Rows of an earlier session, without a last line that a kill cut off.
+
+    Raises:
+        DataError: the file is no such file; it is left as it is.
+    """
     if not output.exists():
         return []
-    text = output.read_text(encoding="utf-8")
-    output.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
-    return _rows(output, ("question_id", "turn", "answer", "rating"))
+    rows = _rows(output, GRADE, cut=True)
+    whole = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if whole != output.read_text(encoding="utf-8"):
+        write_whole(output, whole)
+    return rows
 
 
 def parse_rating(reply: str) -> float | None:
@@ -199,8 +216,9 @@ def parse_rating(reply: str) -> float | None:
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """MT-Bench's score: `score`, the mean rating of all answers with its standard error, the same of `turns` 1 and 2
-    and of `categories`, the number of `graded` answers and of those `without_rating`, which count nowhere.
+    """MT-Bench's score: `score`, the mean rating of all answers with its standard error over questions, the same of
+    `turns` 1 and 2 and of `categories`, the number of `graded` answers and of those `without_rating`, which count
+    nowhere.
 
     Raises:
         DataError: no reply holds a rating.
@@ -212,7 +230,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             f"none of {len(rows)} replies holds a rating: take a judge that follows its instructions; {said!r}"
         )
     return {
-        "score": mean_se([row["rating"] for row in rated]),
+        "score": _mean_rating(rated),
         "turns": _by(rated, "turn"),
         "categories": _by(rated, "category"),
         "graded": len(rated),
@@ -222,7 +240,16 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _by(rows: Sequence[Mapping[str, Any]], column: str) -> dict[str, Any]:
     values = Counter(row[column] for row in rows)
-    return {str(value): mean_se([row["rating"] for row in rows if row[column] == value]) for value in values}
+    return {str(value): _mean_rating([row for row in rows if row[column] == value]) for value in values}
+
+
+def _mean_rating(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """With its standard error over questions: the two answers to one are not independent."""
+    by_question: dict[Any, list[float]] = {}
+    for row in rows:
+        by_question.setdefault(row["question_id"], []).append(row["rating"])
+    found = grouped_mean(list(by_question.values()))
+    return {"mean": found.mean, "se": found.se}
 
 
 def _dialogue(question: Question, said: Sequence[str]) -> Conversation:
@@ -249,15 +276,31 @@ def _judged(question: Question, turn: int, answers: tuple[str, str]) -> Conversa
     return [{"role": "user", "content": prompt}]
 
 
-def _rows(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
+def _rows(path: Path, columns: tuple[str, ...], *, cut: bool = False) -> list[dict[str, Any]]:
+    """Rows of a JSONL file; with `cut` its last line may be part of one, which is left out."""
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        *lines, last = path.read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines if line.strip()]
+        if last.strip() and not (cut and _is_cut(last, columns)):
+            rows.append(json.loads(last))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"cannot read {path} as JSONL: {error}") from None
     for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: row {number} is {row!r}; expected an object with {', '.join(columns)}")
         if missing := [column for column in columns if column not in row]:
             raise DataError(f"{path}: row {number} has no {', '.join(missing)}; expected {', '.join(columns)}")
     return rows
+
+
+def _is_cut(line: str, columns: tuple[str, ...]) -> bool:
+    """Whether a line is the beginning of a row as it is written here, its end missing."""
+    begins = f'{{"{columns[0]}": '
+    try:
+        json.loads(line)
+    except json.JSONDecodeError:
+        return line.startswith(begins) or begins.startswith(line)
+    return False
 
 
 def _two(path: Path, row: dict[str, Any], turns: Any) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -117,7 +118,7 @@ def model_card(name: str, what: str, base_model: str | None, manifest: Manifest)
 
 def hub_name(model: str) -> str | None:
     """A model's name where it is one on the Hub: not a folder here, not an embedded one."""
-    looks_local = model.startswith((".", "/", "~", "embedded:")) or model.count("/") != 1
+    looks_local = model.startswith((".", "/", "~", "embedded:")) or model.count("/") != 1 or Path(model).exists()
     return None if looks_local else model
 
 

@@ -52,7 +52,8 @@ KINDS = {
     ),
     "pair": Kind(
         config="preference_pairs",
-        about="`chosen` helps the student and `rejected` harms it; both are raw outputs sampled from `prompt`.",
+        about="`chosen` is preferred to `rejected` by what the stage's `pair.signal` says (`influence`: it helps the "
+        "student more); both are raw outputs sampled from `prompt`.",
     ),
 }
 """Kind of a stage -> what becomes of its rows, in the order of the card."""

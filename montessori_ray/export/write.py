@@ -13,6 +13,7 @@ from montessori_ray.config import Config
 from montessori_ray.errors import RunError
 from montessori_ray.export.cards import dataset_card, hub_name, model_card
 from montessori_ray.export.tables import KINDS, Split, write_split
+from montessori_ray.outputs import new_folder, require_new
 from montessori_ray.stages.base import AnySettings, Stage
 
 CARD = "README.md"
@@ -40,14 +41,13 @@ def export_run(run: Run, config: AnySettings, stages: list[Stage], output: Path,
     Raises:
         RunError: there is nothing to export yet, or the folder has files in it.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RunError(f"{output} is there already and is no empty folder: name another one as --output")
+    require_new(output)
     found = {stage.output: run.artifact(stage.output).manifest() for stage in stages}
     manifests = {name: manifest for name, manifest in found.items() if manifest is not None}
     chosen = [stage for kind in KINDS for stage in stages if stage.kind == kind and _has_rows(manifests, stage)]
     if not chosen:
         raise RunError(f"{run.root} has no dataset to export yet: `montessori status {run.root}` says where it stands")
-    output.mkdir(parents=True, exist_ok=True)
+    new_folder(output)
     splits = [write_split(run, stage, output) for stage in chosen]
     copied = _copy_models(run, config, stages, manifests, output / MODELS) if models else []
     provenance = {name: manifest.model_dump(mode="json") for name, manifest in manifests.items()}
@@ -72,16 +72,20 @@ def _copy_models(
         name = stage.output.replace("/", "_")
         source = run.artifact(stage.output).model_path()
         shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns(BEGUN, MANIFEST, LOCATION))
-        card = model_card(name, _how(stage), _base(stage, config), manifests[stage.output])
+        card = model_card(name, _how(stage, stage.config or config), _base(stage, config), manifests[stage.output])
         (folder / name / CARD).write_text(card, encoding="utf-8")
         copied.append(name)
     return copied
 
 
-def _how(stage: Stage) -> str:
+def _how(stage: Stage, config: AnySettings) -> str:
     source, rows = stage.inputs[:2]
     if stage.kind == "tune_teacher":
-        return f"A teacher, `{source}`, tuned by DPO on `{rows}` to write instructions that help its student."
+        assert isinstance(config, Config), "only the loop tunes teachers"
+        return (
+            f"A teacher, `{source}`, tuned by DPO on `{rows}`: pairs of {config.tune_teacher.tunes}s, preferred by "
+            f"`{config.pair.signal}`."
+        )
     return f"A student, `{source}`, fine-tuned on what its teacher wrote, `{rows}`."
 
 
@@ -93,6 +97,7 @@ def _base(stage: Stage, config: AnySettings) -> str | None:
 
 def upload(exported: Exported, repository: str) -> list[str]:
     """Upload to the Hub, private: the datasets to `repository`, each model to `repository-NAME`; returns their URLs.
+    A `repository` without an owner is the user's own.
 
     Raises:
         RunError: the Hub did not take it; the export stays where it is.
@@ -103,20 +108,24 @@ def upload(exported: Exported, repository: str) -> list[str]:
     parts = [(repository, "dataset", exported.folder)]
     parts += [(f"{repository}-{name}", "model", exported.folder / MODELS / name) for name in exported.models]
     urls = []
-    for name, kind, folder in parts:
+    for number, (name, kind, folder) in enumerate(parts):
         try:
-            urls.append(str(api.create_repo(name, repo_type=kind, private=True, exist_ok=True)))
+            made = api.create_repo(name, repo_type=kind, private=True, exist_ok=True)
             api.upload_folder(
-                repo_id=name, repo_type=kind, folder_path=folder, commit_message="Export of a montessori_ray run",
+                repo_id=made.repo_id, repo_type=kind, folder_path=folder,
+                commit_message="Export of a montessori_ray run",
                 ignore_patterns=[f"{MODELS}/**"] if kind == "dataset" else None,
             )  # fmt: skip
         except Exception as error:  # the client also lets errors of its HTTP library through
+            left = " && ".join(_upload_command(*part) for part in parts[number:])
             raise RunError(
                 f"could not upload {folder} to {name}: {error}; the export is complete: log in with `hf auth login`, "
-                f"then `hf upload {name} {folder} --repo-type {kind}{_without_models(kind)}`"
+                f"then `{left}`"
             ) from None
+        urls.append(str(made))
     return urls
 
 
-def _without_models(kind: str) -> str:
-    return f" --exclude '{MODELS}/**'" if kind == "dataset" else ""
+def _upload_command(name: str, kind: str, folder: Path) -> str:
+    models = f" --exclude '{MODELS}/**'" if kind == "dataset" else ""
+    return f"hf upload {name} {folder} --repo-type {kind} --private{models}"

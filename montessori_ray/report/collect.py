@@ -103,7 +103,7 @@ def _what(source: Source) -> str:
         student += f" without {count(len(config.student.drop_layers), 'layer')}"
     rows = {stage.output: source.manifests[stage.name].rows for stage, _, _ in source.finished(*_COUNTED)}
     if not isinstance(config, Config):
-        return f"{count(rows.get('inputs/examples') or 0, 'example')} scored for the student {student}."
+        return f"{count(rows.get('inputs/examples') or 0, 'example')} for the student {student}{_scored(source)}."
     totals = {
         "examples written": _total(rows, "responses"),
         "scored": _total(rows, "influence"),
@@ -111,10 +111,26 @@ def _what(source: Source) -> str:
         "in the training set": _total(rows, "training_set"),
     }
     amounts = listed([f"{amount:,} {what}" for what, amount in totals.items() if amount])
+    if config.compare is not None:
+        return (
+            f"The teacher {_model(config.teacher.model)} and the student {student} in "
+            f"{count(len(config.compare.arms), 'arm')} ({listed(list(config.compare.arms))})"
+            f"{f'; in all of them together {amounts}' if amounts else ''}."
+        )
     return (
         f"The teacher {_model(config.teacher.model)} writes for the student {student}: "
         f"{count(config.iterations, 'iteration')}{f', {amounts}' if amounts else ''}."
     )
+
+
+def _scored(source: Source) -> str:
+    """`: 58 scored, 2 without a score (empty response: 2)`, once they are."""
+    for _, manifest, _ in source.finished("score"):
+        left = manifest.details["quarantined"]
+        reasons = "; ".join(f"{reason}: {amount}" for reason, amount in left.items())
+        without = f", {sum(left.values()):,} without a score ({reasons})" if left else ""
+        return f": {manifest.details['scored']:,} scored{without}"
+    return ", not scored yet"
 
 
 _COUNTED = ("responses", "score", "pair", "training_set", "examples")

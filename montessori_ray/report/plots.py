@@ -23,6 +23,8 @@ from montessori_ray.report.words import Scale, number, ticks, xml_text
 NO_SCALE = Scale()
 
 ROW_HEIGHT = 40
+LABEL_LENGTH = 52
+"""Characters of a row's label that leave room for its note."""
 """Units of one row: its words, and its marks below them."""
 
 MAX_DOTS = 200
@@ -293,6 +295,14 @@ def _rows_height(amount: int, axis: bool = True) -> float:
     return ROW_HEIGHT * max(amount, 1) + (46 if axis else 6)
 
 
+def shortened(label: str) -> str:
+    """A row's label with its middle left out where it would reach into the note at the other end."""
+    if len(label) <= LABEL_LENGTH:
+        return label
+    half = (LABEL_LENGTH - 1) // 2
+    return f"{label[:half]}…{label[-half:]}"
+
+
 def _zero_line(drawn: Axes, amount: int) -> None:
     """A line at zero behind the marks of every row, broken where words stand."""
     bottoms = -np.arange(amount) - 0.38
@@ -302,7 +312,7 @@ def _zero_line(drawn: Axes, amount: int) -> None:
 def _finish_rows(drawn: Axes, labels: Sequence[str], notes: Sequence[str], scale: Scale, xlabel: str) -> None:
     """Words above the marks of each row, and the axis below the last one."""
     across: Any = drawn.get_yaxis_transform()
-    words = [(xml_text(label), xml_text(note)) for label, note in zip(labels, notes, strict=True)]
+    words = [(xml_text(shortened(label)), xml_text(note)) for label, note in zip(labels, notes, strict=True)]
     for position, (label, note) in enumerate(words):
         drawn.text(0, -position + 0.26, label, transform=across, va="baseline", color=STAND_INS["ink"])
         drawn.text(1, -position + 0.26, note, transform=across, va="baseline", ha="right", color=STAND_INS["muted"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from math import floor, isfinite, log10
 
 NONE = "\u2013"
@@ -62,7 +63,7 @@ class Scale:
 
     def span(self, low: float, high: float) -> str:
         """`-2.85 to -2.31`."""
-        places = _places((high - low) / self.factor, 2)
+        places = _places((high - low) / self.factor, 2) if high > low else _places(low / self.factor, 3)
         return f"{_fixed(low / self.factor, places, False)} to {_fixed(high / self.factor, places, False)}"
 
 
@@ -88,7 +89,9 @@ def span(low: float, high: float) -> str:
 
 def ticks(values: Sequence[float]) -> list[str]:
     """Numbers along an axis, all with as many decimal places as one of them needs."""
-    places = max((len(f"{value:.6g}".partition(".")[2]) for value in values), default=0)
+    exponents = (Decimal(f"{value:.6g}").normalize().as_tuple().exponent for value in values)
+    places = max((-int(exponent) for exponent in exponents), default=0)
+    places = max(places, 0)
     return [_fixed(value + 0.0, places, False) for value in values]
 
 

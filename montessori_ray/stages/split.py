@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, groupby, islice
 from typing import Any
 
+from montessori_ray.data import normalised
 from montessori_ray.errors import DataError
 from montessori_ray.stages.base import StageContext
 from montessori_ray.synthesis.deduplication import NearDuplicates
@@ -41,12 +42,15 @@ def usable(rows: Iterable[Row], *, drop_truncated: bool) -> Iterator[Row]:
     return (row for row in rows if row["response"] and not (drop_truncated and row["finish_reason"] == "length"))
 
 
-def apart(rows: Iterable[Row], others: Iterable[str], *, rouge_l: float) -> Iterator[Row]:
-    """Rows whose instruction nearly repeats none of the others."""
-    near = NearDuplicates(rouge_l)
+def apart(rows: Iterable[Row], others: Iterable[str]) -> Iterator[Row]:
+    """Rows whose instruction repeats none of the others, or nearly (ROUGE-L above 0.7), whatever counts as a duplicate
+    among instructions (`synthesize.duplicate_rouge_l`)."""
+    near, same = NearDuplicates(), set()
     for instruction in others:
         near.add(instruction)
-    return (row for row in rows if not near.is_duplicate(row["instruction"]))
+        same.add(normalised(instruction))
+    texts = ((row, row["instruction"]) for row in rows)
+    return (row for row, text in texts if normalised(text) not in same and not near.is_duplicate(text))
 
 
 def _candidates(context: StageContext, *, apart_from: tuple[int, ...] = (1,)) -> Iterator[Row]:
@@ -61,7 +65,7 @@ def _candidates(context: StageContext, *, apart_from: tuple[int, ...] = (1,)) ->
     settings = context.config.synthesize
     rows = usable(context.input(0).rows(), drop_truncated=settings.drop_truncated)
     measured = (context.input(position).column("instruction") for position in apart_from)
-    return apart(rows, chain.from_iterable(measured), rouge_l=settings.duplicate_rouge_l)
+    return apart(rows, chain.from_iterable(measured))
 
 
 def make_warmup_set(context: StageContext) -> dict[str, Any]:

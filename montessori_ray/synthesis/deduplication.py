@@ -1,7 +1,8 @@
 """Near-duplicate instructions by ROUGE-L (paper section 3.1: F above 0.7 is a duplicate).
 
-Scores equal `rouge_score`'s `RougeScorer(["rougeL"], use_stemmer=False)` bit for bit, and no approximation decides: an
-index of the words skips the comparisons that cannot pass the threshold, all others are computed.
+Of ASCII texts scores equal `rouge_score`'s `RougeScorer(["rougeL"], use_stemmer=False)` bit for bit, and no
+approximation decides: an index of the words skips the comparisons that cannot pass the threshold, all others are
+computed. Other letters, which `rouge_score` drops, are words too.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from typing import NamedTuple
 import numpy as np
 from rapidfuzz.distance import LCSseq
 
-_WORD = re.compile("[a-z0-9]+")
+_CJK = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_WORD = re.compile(f"[a-z0-9]+|[{_CJK}]|[^\\W_a-z0-9{_CJK}]+")
 
 # More than the rounding error of a score: the index may let a text too many through, never one too few.
 _SLACK = 1e-9
 
 
 def tokenize(text: str) -> list[str]:
-    """Lower-case runs of ASCII letters and digits, as `rouge_score` splits a text without stemming."""
+    """Lower-case runs of ASCII letters and digits, as `rouge_score` splits a text without stemming; beside these, runs
+    of other letters and single Chinese or Japanese characters."""
     return _WORD.findall(text.lower())
 
 

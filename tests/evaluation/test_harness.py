@@ -75,6 +75,18 @@ def test_finished_tasks_are_kept_and_other_settings_refused(model: Path, tmp_pat
         run_benchmarks(model, settings(tasks={"words": 3}, limit=5), output)
 
 
+def test_results_are_written_where_a_folder_must_be_made_and_other_files_are_left_alone(
+    model: Path, tmp_path: Path
+) -> None:
+    run_benchmarks(model, settings(), tmp_path / "results" / "a.json")
+    assert [file.name for file in (tmp_path / "results").iterdir()] == ["a.json"]
+    for content in ("", "[1]", '{"tasks"'):
+        (tmp_path / "other.json").write_text(content)
+        with pytest.raises(RunError, match=r"other\.json holds no results of benchmarks: choose another output"):
+            run_benchmarks(model, settings(), tmp_path / "other.json")
+        assert (tmp_path / "other.json").read_text() == content
+
+
 def test_a_folder_trained_again_is_another_model(model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "student"
     shutil.copytree(model, folder)

@@ -75,10 +75,10 @@ def test_grades_by_hand(questions: Path) -> None:
         (81, 1, 3), (81, 2, 6), (101, 1, 5), (101, 2, 8), (102, 1, 5), (102, 2, 6),
     ]  # fmt: skip
     found = summarise(rows)
-    assert found["score"]["mean"] == 5.5
+    assert found["score"] == {"mean": 5.5, "se": pytest.approx(12**0.5 / 6)}, "over questions, see grouped_mean"
     assert found["turns"]["1"]["mean"] == pytest.approx(13 / 3)
     assert found["categories"] == {
-        "writing": {"mean": 4.5, "se": pytest.approx(1.5)}, "math": {"mean": 6, "se": pytest.approx(0.5**0.5)},
+        "writing": {"mean": 4.5, "se": 0}, "math": {"mean": 6, "se": pytest.approx(0.5)},
     }  # fmt: skip
     assert (found["graded"], found["without_rating"]) == (6, 0)
 
@@ -121,6 +121,39 @@ def test_grades_are_kept_in_a_file_that_a_kill_may_cut(questions: Path, tmp_path
     assert (tmp_path / "cut.jsonl").read_text().splitlines() == lines
     with pytest.raises(RunError, match="grades of other answers"):
         grade_to_file(asked, answers | {101: ("5", "7")}, judge, tmp_path / "cut.jsonl", judge="counter")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("a note without a line's end", "cannot read .* as JSONL"),
+        ('{"question_id": 81, "choices": [{"turns": ["a", "b"]}]}', "row 0 has no turn, answer, rating"),
+        ("[1]\n", r"row 0 is \[1\]; expected an object"),
+    ],
+)
+def test_a_file_that_holds_no_grades_is_left_as_it_is(questions: Path, tmp_path: Path, content: str, said: str) -> None:
+    asked, output = read_questions(questions), tmp_path / "notes.txt"
+    output.write_text(content)
+    with pytest.raises(DataError, match=said):
+        grade_to_file(asked, answer_questions(asked, assistant), judge, output, judge="counter")
+    assert output.read_text() == content
+
+
+def test_folders_of_outputs_are_made(questions: Path, tmp_path: Path) -> None:
+    asked = read_questions(questions)
+    answers = answer_questions(asked, assistant)
+    write_answers(tmp_path / "model_answer" / "student.jsonl", answers, model="student")
+    assert read_answers(tmp_path / "model_answer" / "student.jsonl") == answers
+    assert grade_to_file(asked, answers, judge, tmp_path / "grades" / "a.jsonl", judge="counter")["graded"] == 6
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"file cannot be made \(File exists\): name another --output"):
+        grade_to_file(asked, answers, judge, tmp_path / "file" / "a.jsonl", judge="counter")
+
+
+def test_answers_without_a_choice_are_named(tmp_path: Path) -> None:
+    (tmp_path / "student.jsonl").write_text('{"question_id": 81, "choices": []}\n')
+    with pytest.raises(DataError, match="question 81 needs a list of two turns, it has None"):
+        read_answers(tmp_path / "student.jsonl")
 
 
 def test_a_score_is_one_judges(questions: Path, tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ def serving_hub() -> Iterator[Hub]:
             if self.path == "/api/repos/create":
                 told = json.loads(body)
                 hub.created.append(told)
-                return {"url": f"{hub.address}/{told['organization']}/{told['name']}"}
+                kind = "datasets/" if told.get("type") == "dataset" else ""
+                return {"url": f"{hub.address}/{kind}{told['organization'] or 'me'}/{told['name']}"}
             if self.path == "/api/validate-yaml":
                 return {"errors": [], "warnings": []}
             found = re.fullmatch(r"/api/(\w+/[\w-]+/[\w-]+)/(preupload|commit)/main", self.path)

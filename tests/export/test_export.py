@@ -171,8 +171,13 @@ def test_an_upload_that_fails_keeps_the_export(
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_TOKEN", "hf_none")
     _, out = exported
-    with pytest.raises(RunError, match=f"could not upload {out.folder} to me/mine: .*`hf upload me/mine {out.folder}"):
+    with pytest.raises(RunError, match=f"could not upload {out.folder} to me/mine: .* log in") as caught:
         upload(out, "me/mine")
+    commands = str(caught.value).rpartition("`hf ")[2].split(" && hf ")
+    assert len(commands) == 1 + len(out.models), "of all that is left"
+    assert all("--private" in command for command in commands)
+    assert commands[0].startswith(f"upload me/mine {out.folder} --repo-type dataset")
+    assert f"upload me/mine-{out.models[0]} {out.folder / 'models' / out.models[0]} --repo-type model" in commands[1]
 
 
 def test_datasets_and_models_go_to_private_repositories_of_their_own(
@@ -201,6 +206,33 @@ def test_datasets_and_models_go_to_private_repositories_of_their_own(
     assert hub.files["datasets/me/mine"]["README.md"] == (out.folder / "README.md").read_bytes()
 
 
+def test_a_repository_without_an_owner_is_the_users_own(
+    exported: tuple[RunWriter, Exported], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, out = exported
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    with serving_hub() as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.address)
+        upload(out, "mine")
+    assert set(hub.files) == {"datasets/me/mine", *(f"models/me/mine-{name}" for name in out.models)}
+
+
+def test_cards_say_by_what_pairs_were_preferred(tmp_path: Path) -> None:
+    writer = comparison_writer(tmp_path)
+    writer.write("compare/result")
+    out = export_run(writer.run, writer.config, writer.stages, tmp_path / "out", models=True)
+    cards = {name: (out.folder / "models" / name / "README.md").read_text() for name in out.models}
+    said = {name: card for name, card in cards.items() if "teacher" in name}
+    for stage in writer.stages:
+        if stage.kind == "tune_teacher":
+            config = stage.config
+            assert config is not None
+            what = f"pairs of {config.tune_teacher.tunes}s, preferred by `{config.pair.signal}`"
+            assert what in said[stage.output.replace("/", "_")]
+    assert len({card.partition("preferred by")[2][:20] for card in said.values()}) > 1
+
+
 @pytest.mark.parametrize(
     ("model", "name"),
     [
@@ -213,3 +245,9 @@ def test_datasets_and_models_go_to_private_repositories_of_their_own(
 )
 def test_hub_names(model: str, name: str | None) -> None:
     assert hub_name(model) == name
+
+
+def test_a_folder_here_is_no_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "student").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert hub_name("models/student") is None

@@ -258,7 +258,7 @@ def test_a_run_that_only_scores(tmp_path: Path) -> None:
     assert report.scores_files
     assert sentence.headline == f"{100 * entry.share_helpful:.0f} % of 59 examples help the student."
     assert report.examples[0].helpful
-    assert report.what == "60 examples scored for the student student."
+    assert report.what == ("60 examples for the student student: 59 scored, 1 without a score (empty response: 1).")
 
 
 def test_an_empty_run(tmp_path: Path) -> None:

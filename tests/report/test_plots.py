@@ -243,3 +243,12 @@ def _lab(linear: Sequence[float] | np.ndarray) -> np.ndarray:
     to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
     x, y, z = np.cbrt((np.array(to_xyz) @ np.clip(linear, 0, 1)) / np.array([0.9505, 1.0, 1.089]))
     return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def test_long_labels_of_rows_lose_their_middle() -> None:
+    long = "arms/a_rather_long_name_of_an_arm/tuning_0/iteration_00 and more of it"
+    said = plots.shortened(long)
+    assert len(said) <= plots.LABEL_LENGTH
+    assert said.startswith("arms/a_rather")
+    assert said.endswith("more of it")
+    assert plots.shortened("tuned 1x") == "tuned 1x"

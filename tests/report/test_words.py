@@ -58,6 +58,7 @@ def test_signs_and_spans() -> None:
     assert number(0.5, sign=True) == "+0.500"
     assert span(-2.847, -2.312) == f"{MINUS}2.85 to {MINUS}2.31"
     assert span(-6e-3, 1.4e-2) == f"{MINUS}0.006 to 0.014"
+    assert span(-0.123, -0.123) == f"{MINUS}0.123 to {MINUS}0.123"
 
 
 def test_a_scale_is_said_once() -> None:
@@ -72,6 +73,8 @@ def test_ticks_of_an_axis_have_equal_places() -> None:
     assert ticks([-4.5, -3.0, 0.0]) == [f"{MINUS}4.5", f"{MINUS}3.0", "0.0"]
     assert ticks([0.0, 10.0]) == ["0", "10"]
     assert ticks([-0.0]) == ["0"]
+    assert ticks([0.0, 1e-5, 2e-5]) == ["0.00000", "0.00001", "0.00002"]
+    assert ticks([1e7, 2e7]) == ["10,000,000", "20,000,000"]
 
 
 def test_amounts() -> None:
