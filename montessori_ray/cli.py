@@ -376,7 +376,7 @@ def _layers(said: str) -> list[int]:
     """
     layers: list[int] = []
     for part in said.split(","):
-        bounds = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        bounds = re.fullmatch(r"\s*(\d{1,5})(?:-(\d{1,5}))?\s*", part)
         found = range(int(bounds[1]), int(bounds[2] or bounds[1]) + 1) if bounds else ()
         if not found:
             raise ConfigError(

@@ -188,7 +188,10 @@ def test_more_than_the_machine_has(tmp_path: Path) -> None:
     assert "the cluster has 1 x (2 CPU" in said
 
 
-@pytest.mark.parametrize(("layers", "part"), [("a-b", "a-b"), ("3,19-10", "19-10"), ("1,,2", ""), ("7-", "7-")])
+@pytest.mark.parametrize(
+    ("layers", "part"),
+    [("a-b", "a-b"), ("3,19-10", "19-10"), ("1,,2", ""), ("7-", "7-"), ("1-1000000000", "1-1000000000")],
+)
 def test_layers_that_are_none(tmp_path: Path, tiny_model: Path, layers: str, part: str) -> None:
     line = ["prune-student", "--model", str(tiny_model), "--drop-layers", layers, "--output", str(tmp_path / "pruned")]
     done = CliRunner().invoke(app, line)
