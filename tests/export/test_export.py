@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -18,7 +19,7 @@ from montessori_ray.errors import RunError
 from montessori_ray.export import tables
 from montessori_ray.export.cards import hub_name
 from montessori_ray.export.write import Exported, export_run, upload
-from tests.export.hub import serving_hub
+from tests.export.hub import Hub, serving_hub
 from tests.report.synthetic import HOSTILE, RunWriter, comparison_writer, loop_writer, scores_writer
 
 
@@ -34,6 +35,16 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunWriter, Expor
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, offline: None) -> Iterator[Hub]:
+    """An empty one, which the real client takes for the Hugging Face Hub."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    with serving_hub() as served:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", served.address)
+        yield served
 
 
 SOURCES = {
@@ -181,14 +192,10 @@ def test_an_upload_that_fails_keeps_the_export(
 
 
 def test_datasets_and_models_go_to_private_repositories_of_their_own(
-    exported: tuple[RunWriter, Exported], monkeypatch: pytest.MonkeyPatch
+    exported: tuple[RunWriter, Exported], hub: Hub
 ) -> None:
     _, out = exported
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", "hf_none")
-    with serving_hub() as hub:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.address)
-        urls = upload(out, "me/mine")
+    urls = upload(out, "me/mine")
     assert len(urls) == 1 + len(out.models)
     assert all(url.startswith(hub.address) for url in urls)
     assert [told["visibility"] for told in hub.created] == ["private"] * len(urls)
@@ -206,15 +213,9 @@ def test_datasets_and_models_go_to_private_repositories_of_their_own(
     assert hub.files["datasets/me/mine"]["README.md"] == (out.folder / "README.md").read_bytes()
 
 
-def test_a_repository_without_an_owner_is_the_users_own(
-    exported: tuple[RunWriter, Exported], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_repository_without_an_owner_is_the_users_own(exported: tuple[RunWriter, Exported], hub: Hub) -> None:
     _, out = exported
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", "hf_none")
-    with serving_hub() as hub:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.address)
-        upload(out, "mine")
+    upload(out, "mine")
     assert set(hub.files) == {"datasets/me/mine", *(f"models/me/mine-{name}" for name in out.models)}
 
 
