@@ -80,13 +80,18 @@ def _begin(model: Path, settings: Benchmarks, output: Path) -> Results:
 
 
 def _read(output: Path) -> Results:
+    """Results of an earlier session.
+
+    Raises:
+        RunError: the file cannot be read, or holds something else.
+    """
     try:
         results: Results = json.loads(output.read_text(encoding="utf-8"))
-        if isinstance(results, dict) and isinstance(results.get("tasks"), dict):
-            return results
-    except (OSError, ValueError):
-        pass
-    raise RunError(f"{output} holds no results of benchmarks: choose another output, or remove it")
+    except (OSError, ValueError) as error:
+        raise RunError(f"{output} cannot be read as results ({error}): choose another output, or remove it") from None
+    if not isinstance(results, dict) or not isinstance(results.get("tasks"), dict):
+        raise RunError(f"{output} holds no results of benchmarks: choose another output, or remove it")
+    return results
 
 
 def _versions(backend: str) -> dict[str, str]:

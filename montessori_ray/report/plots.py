@@ -23,9 +23,10 @@ from montessori_ray.report.words import Scale, number, ticks, xml_text
 NO_SCALE = Scale()
 
 ROW_HEIGHT = 40
+"""Units of one row: its words, and its marks below them."""
+
 LABEL_LENGTH = 52
 """Characters of a row's label that leave room for its note."""
-"""Units of one row: its words, and its marks below them."""
 
 MAX_DOTS = 200
 """Dots in a row; of more values, as many quantiles are shown."""

@@ -90,8 +90,7 @@ def span(low: float, high: float) -> str:
 def ticks(values: Sequence[float]) -> list[str]:
     """Numbers along an axis, all with as many decimal places as one of them needs."""
     exponents = (Decimal(f"{value:.6g}").normalize().as_tuple().exponent for value in values)
-    places = max((-int(exponent) for exponent in exponents), default=0)
-    places = max(places, 0)
+    places = max([0, *(-int(exponent) for exponent in exponents)])
     return [_fixed(value + 0.0, places, False) for value in values]
 
 
