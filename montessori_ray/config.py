@@ -449,6 +449,11 @@ class Score(Section):
             return said_content(self.optimizer_state)
         return super().meaning(name)
 
+    @property
+    def named_state(self) -> Path | None:
+        """The folder of an optimizer state that is not the student's own."""
+        return None if self.optimizer_state in (None, "none") else Path(self.optimizer_state)
+
     @field_validator("optimizer_state")
     @classmethod
     def _absolute(cls, value: str | None) -> str | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 from montessori_ray.artifacts.run import Artifact, Run
@@ -470,10 +469,10 @@ def _require_state(score: Score) -> None:
     Raises:
         ModelError: names the folder.
     """
-    if score.optimizer_state not in (None, "none"):
+    if score.named_state is not None:
         from montessori_ray.influence.scorer import step_rule  # late: see stages/__init__.py
 
-        step_rule(Path(score.optimizer_state), score)
+        step_rule(score.named_state, score)
 
 
 def _brought(run: Run, score: Score) -> list[str]:
@@ -481,8 +480,7 @@ def _brought(run: Run, score: Score) -> list[str]:
     counts."""
     models = (run.artifact(name) for name in (TEACHER, STUDENT))
     files = [str(artifact.model_path() / "config.json") for artifact in models if artifact.manifest() is not None]
-    state = [score.optimizer_state] if score.optimizer_state not in (None, "none") else []
-    return [*files, *(f"{folder}/optimizer.json" for folder in state)]
+    return [*files, *([f"{score.named_state}/optimizer.json"] if score.named_state else [])]
 
 
 def _weights(run: Run) -> dict[Role, int | None]:

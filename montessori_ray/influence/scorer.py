@@ -219,8 +219,7 @@ def _drawn(rows: Sequence[Encoded], count: int | None) -> list[Encoded]:
 
 def state_of(student: Path, settings: ScoreSettings) -> Path:
     """The folder of a student's optimizer state, its own or the one that the settings name."""
-    named = settings.optimizer_state
-    return student if named in (None, "none") else Path(named)
+    return settings.named_state or student
 
 
 def step_rule(optimizer_state: Path, settings: ScoreSettings) -> AdamW:
