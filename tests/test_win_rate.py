@@ -39,7 +39,7 @@ def test_trained_and_original_student_are_compared(finished: Driver) -> None:
         process = finished.start(judged_by(url))
         assert process.wait(timeout=600) == 2
         wait_for_end(process.pid)
-    assert "gave no answer in 6 attempts" in finished.log.read_text()
+    assert "gave no answer (" in finished.log.read_text()
     kept = finished.rows("final/win_rate")
     assert 4 <= len(kept) <= 7
 

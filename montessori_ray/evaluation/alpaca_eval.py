@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from montessori_ray.errors import ConfigError
 from montessori_ray.evaluation.judge import Pair
 
 GLM = "length_controlled_minimal"
@@ -45,6 +46,14 @@ def write_outputs(path: Path, outputs: Iterable[tuple[str, str]], *, generator: 
     path.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
+def require_package() -> None:
+    """Raise ConfigError without the package `alpaca-eval`: verdicts are dear, and their stage finishes once."""
+    if find_spec("alpaca_eval") is None:
+        raise ConfigError(
+            "a win rate needs the package alpaca-eval for its length control: pip install 'montessori-ray[eval]'"
+        )
+
+
 def length_controlled_win_rate(pairs: Sequence[Pair], scores: Mapping[str, float]) -> dict[str, Any]:
     """The candidate's win rate if all its answers were as long as the baseline's.
 
@@ -56,16 +65,14 @@ def length_controlled_win_rate(pairs: Sequence[Pair], scores: Mapping[str, float
         pairs: how many counted; win_rate, standard_error: shares, 0 to 1; length_effect: the regression's coefficient,
         above 0 where the judge prefers the longer answer; method; reason: why win_rate and the rest are None, which
         they are for fewer than `MIN_PAIRS` pairs, where all answers differ by one length or all pairs ended alike,
-        where the regression's penalty leaves nothing of the differences, and without the package.
+        or where the regression's penalty leaves nothing of the differences.
     """
     judged = [pair for pair in pairs if pair.example_id in scores]
     preference_R = np.array([scores[pair.example_id] for pair in judged])  # noqa: N806
     longer_R = np.array([len(pair.candidate) - len(pair.baseline) for pair in judged], dtype=float)  # noqa: N806
     result: dict[str, Any] = {"pairs": len(judged), "method": GLM}
     reason = None
-    if find_spec("alpaca_eval") is None:
-        reason = "the package alpaca-eval is not installed: pip install 'montessori-ray[eval]'"
-    elif len(judged) < MIN_PAIRS:
+    if len(judged) < MIN_PAIRS:
         reason = f"{len(judged)} judged pairs, {MIN_PAIRS} are needed to tell the effect of length from noise"
     elif not longer_R.std():
         reason = "every answer differs by the same length, so its effect cannot be told"

@@ -15,11 +15,21 @@ from montessori_ray.in_order import in_order
 Conversation = list[dict[str, str]]
 """Messages with `role` and `content`, the last one a user's."""
 
-MAX_RETRIES = 5
-"""Times a request is sent again, a busy or broken server given 0.5 to 8 s in between (the client's own rule)."""
+MAX_RETRIES = 12
+"""Times a request is sent again, a busy or broken server given 0.5 to 8 s in between (the client's own rule): 70 s in
+all, since many servers count requests by the minute."""
 
-TIMEOUT_S = 300.0
-"""Seconds one answer may take."""
+TIMEOUT_S, CONNECT_S = 300.0, 10.0
+"""Seconds one answer may take, and a connection."""
+
+REFUSALS = (400, 413, 422)
+"""Status codes of a conversation the server does not take."""
+
+PROBE: Conversation = [{"role": "user", "content": "Say yes."}]
+"""What every server takes that takes anything: some say 400 to an empty account, or to a key they do not know."""
+
+THOUGHT = 16
+"""Tokens that a model which reasons may write for one of `max_tokens`: its limit holds for its hidden thoughts too."""
 
 
 class Reply(NamedTuple):
@@ -28,6 +38,13 @@ class Reply(NamedTuple):
     text: str
     """What the model said; the server's words where it refused the conversation (too long for its context, say)."""
     refused: bool = False
+    cut: bool = False
+    """Whether it ended at the limit of tokens; what a model thinks on the way to a verdict is none."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether the model has said all it wanted to."""
+        return not (self.refused or self.cut)
 
 
 Ask = Callable[[Iterable[Conversation]], Iterator[Reply]]
@@ -59,13 +76,14 @@ class ChatEndpoint:
         """Yield the replies in order, `concurrency` requests under way at once.
 
         Raises:
-            ConfigError: the endpoint has no such model, or does not accept the key.
+            ConfigError: the endpoint has no such model, does not accept the key, or refuses every question.
             ResourceError: it cannot be reached, or answers with errors only.
         """
         settings = self._settings
         client = openai.AsyncOpenAI(
-            base_url=settings.base_url, api_key=self._key, max_retries=MAX_RETRIES, timeout=TIMEOUT_S
-        )
+            base_url=settings.base_url, api_key=self._key, max_retries=MAX_RETRIES,
+            timeout=openai.Timeout(TIMEOUT_S, connect=CONNECT_S),
+        )  # fmt: skip
 
         async def answer(conversation: Conversation) -> Reply:
             return await self._answer(client, conversation)
@@ -73,37 +91,50 @@ class ChatEndpoint:
         return in_order(answer, conversations, concurrency=settings.concurrency)
 
     async def _answer(self, client: openai.AsyncOpenAI, conversation: Conversation) -> Reply:
-        settings, messages = self._settings, _typed(conversation)
-        where = f"{settings.base_url} (model {settings.model})"
+        """One reply, or an error of the project's own."""
+        where = f"{self._settings.base_url} (model {self._settings.model})"
+        later = "what was answered before is kept, give the same command again later"
         try:
-            completion = await self._complete(client, messages)
-        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            return Reply(error.message, refused=True)
+            return await self._reply(client, conversation)
         except openai.NotFoundError as error:
             raise ConfigError(
                 f"{where}: no such model or address ({error.message}); check model and base_url"
             ) from None
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            raise ConfigError(f"{where} does not accept the key in {settings.api_key_env}: {error.message}") from None
-        except openai.APIError as error:
-            raise ResourceError(
-                f"{where} gave no answer in {MAX_RETRIES + 1} attempts ({type(error).__name__}: {error.message}): what "
-                "was answered before is kept, give the same command again when it is back"
+            key = self._settings.api_key_env
+            raise ConfigError(f"{where} does not accept the key in {key}: {error.message}") from None
+        except openai.APIStatusError as error:
+            if error.status_code not in REFUSALS:
+                raise ResourceError(f"{where} gave no answer ({error.message}): {later}") from None
+            raise ConfigError(
+                f"{where} refuses every question, even {PROBE[0]['content']!r} ({error.message}): look after the "
+                f"account, the key and the model; {later}"
             ) from None
-        if not getattr(completion, "choices", None):  # some proxies say of an error that all is well
-            said = getattr(completion, "error", None) or str(completion)[:200]
-            raise ResourceError(
-                f"{where} answered without a reply ({said}): what was answered before is kept, give the same command "
-                "again when it is back"
-            )
-        return Reply(completion.choices[0].message.content or "")
+        except openai.APIError as error:
+            raise ResourceError(f"{where} gave no answer ({type(error).__name__}: {error.message}): {later}") from None
+        except _NoReplyError as error:
+            raise ResourceError(f"{where} answered without a reply ({error}): {later}") from None
 
-    async def _complete(self, client: openai.AsyncOpenAI, messages: Any) -> Any:
+    async def _reply(self, client: openai.AsyncOpenAI, conversation: Conversation) -> Reply:
+        """The model's reply, or the server's words if it refuses this conversation, but not every one."""
+        try:
+            completion = await self._complete(client, conversation)
+        except openai.APIStatusError as error:
+            if error.status_code not in REFUSALS:
+                raise
+            await self._complete(client, PROBE)
+            return Reply(error.message, refused=True)
+        if not getattr(completion, "choices", None):  # some proxies say of an error that all is well
+            raise _NoReplyError(getattr(completion, "error", None) or str(completion)[:200])
+        choice = completion.choices[0]
+        return Reply(choice.message.content or "", cut=choice.finish_reason == "length")
+
+    async def _complete(self, client: openai.AsyncOpenAI, conversation: Conversation) -> Any:
         """Ask with the options every server knows, or where they are refused as models that reason want them."""
-        limit = self._settings.max_tokens
+        limit, messages = self._settings.max_tokens, _typed(conversation)
         plain: dict[str, Any] = {"temperature": 0, "max_tokens": limit}
         while True:
-            options = {"max_completion_tokens": limit} if self._reasons else plain
+            options = {"max_completion_tokens": THOUGHT * limit} if self._reasons else plain
             try:
                 return await client.chat.completions.create(model=self._settings.model, messages=messages, **options)
             except openai.BadRequestError as error:
@@ -111,6 +142,10 @@ class ChatEndpoint:
                 if options is not plain or not unsupported or not any(name in error.message for name in plain):
                     raise
                 self._reasons = True
+
+
+class _NoReplyError(Exception):
+    """A completion without choices."""
 
 
 def _typed(conversation: Conversation) -> Any:

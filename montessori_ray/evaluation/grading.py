@@ -32,7 +32,7 @@ Rating: <number>
 def grade_examples(examples: Iterable[Mapping[str, Any]], ask: Ask) -> Iterator[dict[str, Any]]:
     """Yield the rows (schema GRADES) of examples (`example_id`, `instruction`, `response`), as the replies come.
 
-    `grade` is None where the judge gave none from 1 to 10, or refused. Raises what `ask` raises.
+    `grade` is None where the judge gave none from 1 to 10, refused, or was cut off. Raises what `ask` raises.
     """
     rows, asked = tee(examples)
     replies = ask(
@@ -40,5 +40,5 @@ def grade_examples(examples: Iterable[Mapping[str, Any]], ask: Ask) -> Iterator[
         for row in asked
     )
     for row, reply in zip(rows, replies, strict=True):
-        grade = None if reply.refused else parse_rating(reply.text)
+        grade = parse_rating(reply.text) if reply.whole else None
         yield {"example_id": row["example_id"], "grade": grade, "reply": reply.text}

@@ -6,7 +6,8 @@ run_benchmarks(Path("runs/paper/final/student"), load_benchmarks("configs/benchm
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,6 +51,8 @@ def run_benchmarks(
     left = [task for task in settings.tasks if task not in results["tasks"]]
     if left:
         manager = _task_manager(settings, left)
+        for task in left:
+            _require_task(task, settings.tasks[task], manager)
         loaded = _load_model(model, settings)
         for task in left:
             results["tasks"][task] = _run_task(task, settings, loaded, manager)
@@ -127,6 +130,27 @@ def _task_manager(settings: Benchmarks, tasks: list[str]) -> Any:
     return manager
 
 
+def _require_task(task: str, shots: int, manager: Any) -> None:
+    """Look for the task's data, which are loaded again from the disk, and whether it can be asked with these shots."""
+    with _data_of(task):
+        parts = manager.load([task])["tasks"]
+    fixed = [name for name, part in parts.items() if part.get_config("num_fewshot") == 0]
+    if shots and fixed:  # the harness never overrides a task's own zero
+        raise ConfigError(f"{task} is asked for with {shots} shots, lm-evaluation-harness fixes 0 for {fixed}: set 0")
+
+
+@contextmanager
+def _data_of(task: str) -> Iterator[None]:
+    from datasets.exceptions import DatasetNotFoundError  # late: see _task_manager
+
+    try:
+        yield
+    except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
+        raise DataError(
+            f"the data of {task} cannot be had: {error}; check the network, HF_TOKEN and licences"
+        ) from None
+
+
 def _load_model(model: Path, settings: Benchmarks) -> Any:
     import torch  # late: see _task_manager
     from lm_eval.api.registry import get_model
@@ -143,24 +167,14 @@ def _load_model(model: Path, settings: Benchmarks) -> Any:
 
 
 def _run_task(task: str, settings: Benchmarks, model: Any, manager: Any) -> Results:
-    from datasets.exceptions import DatasetNotFoundError
     from lm_eval import simple_evaluate
 
     shots = settings.tasks[task]
-    try:
+    with _data_of(task):
         found: Any = simple_evaluate(
             model=model, tasks=[task], num_fewshot=shots, task_manager=manager, limit=settings.limit,
             apply_chat_template=settings.chat_template, log_samples=False,
         )  # fmt: skip
-    except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
-        raise DataError(
-            f"the data of {task} cannot be had: {error}; check the network, HF_TOKEN and licences"
-        ) from None
-    fixed = {name: count for name, count in found["n-shot"].items() if count != shots}
-    if fixed:  # the harness never overrides a task's own zero
-        raise ConfigError(
-            f"{task} is asked for with {shots} shots, lm-evaluation-harness fixes {fixed}: set that number"
-        )
     return {
         "shots": shots,
         "questions": sum(count["effective"] for count in found["n-samples"].values()),

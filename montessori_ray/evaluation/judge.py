@@ -81,9 +81,14 @@ class Question(NamedTuple):
         return {
             "example_id": self.pair.example_id,
             "shown_first": self.shown_first,
-            "verdict": REFUSED if reply.refused else parse_verdict(reply.text, self.shown_first),
+            "verdict": self._verdict(reply),
             "reply": reply.text,
         }
+
+    def _verdict(self, reply: Reply) -> str:
+        if reply.refused:
+            return REFUSED
+        return UNPARSED if reply.cut else parse_verdict(reply.text, self.shown_first)
 
 
 def judge_pairs(
@@ -127,10 +132,11 @@ def win_rate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Returns:
         pairs: judged in both orders; wins, ties, losses of the candidate among them, by both verdicts together;
-        win_rate: mean share won with its 95 % interval over pairs and standard error; follows_place: share of pairs
-        whose two verdicts both went to the answer shown first, or both to the one shown second; first_place: share of
-        the verdicts without ties that went to the answer shown first, .5 for a fair judge; verdicts: rows by verdict,
-        `unparsed` and `refused` ones among them, whose pairs count nowhere else.
+        win_rate: mean share won with its 95 % interval over pairs (where all ended alike, up to what would do so in one
+        of 40 cases) and standard error; follows_place: share of pairs whose two verdicts both went to the answer shown
+        first, or both to the one shown second; first_place: share of the verdicts without ties that went to the answer
+        shown first, .5 for a fair judge; verdicts: rows by verdict, `unparsed` and `refused` ones among them, whose
+        pairs count nowhere else.
 
     Raises:
         DataError: fewer than two pairs have a verdict in both orders.
@@ -141,10 +147,13 @@ def win_rate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         reply = next((row["reply"] for row in rows if row["verdict"] not in SCORES), "")
         raise DataError(
             f"{len(both)} pairs have a verdict in both orders ({dict(verdicts)}), a win rate needs two: take a judge "
-            f"that follows its instructions, or give it room to reply; it said {reply[-200:]!r}"
+            f"that follows its instructions, or give it room to reply (max_tokens); it said {reply[-200:]!r}"
         )
     shares = [fmean(scores) for scores in both.values()]
     rate = paired_difference(shares, [0.0] * len(shares))
+    if rate.low == rate.high:
+        reach = 1 - 0.025 ** (1 / len(shares))
+        rate = rate._replace(low=rate.mean - reach, high=rate.mean + reach)
     # Student's t of few pairs knows no ends.
     rate = rate._replace(low=max(rate.low, 0.0), high=min(rate.high, 1.0))
     decided = [row for row in rows if row["verdict"] in (CANDIDATE, BASELINE)]

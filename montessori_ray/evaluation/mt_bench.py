@@ -52,7 +52,8 @@ class Question(NamedTuple):
     category: str
     turns: tuple[str, str]
     references: tuple[str, ...] = ()
-    """Answers known to be right to the first message, or to both, where the question has such (mathematics, coding)."""
+    """Answers known to be right to the first message, or to both, where the question has such (mathematics, coding);
+    an empty one is none."""
 
 
 Answers = Mapping[int, tuple[str, str]]
@@ -155,7 +156,7 @@ def grade(
             "category": question.category,
             "turn": turn,
             "answer": answers[question.question_id][turn - 1],
-            "rating": None if reply.refused else parse_rating(reply.text),
+            "rating": parse_rating(reply.text) if reply.whole else None,
             "reply": reply.text,
         }
 
@@ -227,7 +228,8 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if not rated:
         said = rows[0]["reply"][-200:] if rows else ""
         raise DataError(
-            f"none of {len(rows)} replies holds a rating: take a judge that follows its instructions; {said!r}"
+            f"none of {len(rows)} replies holds a rating: take a judge that follows its instructions, or give it "
+            f"room to reply (max_tokens); {said!r}"
         )
     return {
         "score": _mean_rating(rated),
@@ -267,12 +269,10 @@ def _judged(question: Question, turn: int, answers: tuple[str, str]) -> Conversa
     parts = []
     for number in range(turn):
         parts += [f"# Person\n{question.turns[number]}", f"# Assistant\n{answers[number]}"]
-    has_reference = len(question.references) >= turn
-    if has_reference:
-        parts.append(f"# An answer known to be right\n{question.references[turn - 1]}")
-    prompt = PROMPT.format(
-        which=WHICH[turn - 1], reference=REFERENCE if has_reference else "", dialogue="\n\n".join(parts)
-    )
+    reference = "".join(question.references[turn - 1 : turn])
+    if reference:
+        parts.append(f"# An answer known to be right\n{reference}")
+    prompt = PROMPT.format(which=WHICH[turn - 1], reference=REFERENCE if reference else "", dialogue="\n\n".join(parts))
     return [{"role": "user", "content": prompt}]
 
 

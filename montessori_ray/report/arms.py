@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from montessori_ray.config import Config
 from montessori_ray.report import plots
 from montessori_ray.report.html import figure, figures, join, paragraph, table
 from montessori_ray.report.results import SMALLEST_INFLUENCE, Mean, Sentence
@@ -77,6 +78,9 @@ class Arms:
     against: str
     independent: bool
     """Whether every seed had a loop of its own."""
+    tuning_seeds: int
+    """Teachers tuned of each arm that tunes one, on the same pairs where seeds are not independent."""
+    student_seeds: int
     measures: list[Arm]
     data: list[Data]
 
@@ -101,7 +105,7 @@ def arms(source: Source) -> Arms | None:
             sentence=row["sentence"],
             difference=None if row["difference"] is None else Mean(
                 mean=row["difference"], se=row["difference_se"], low=row["low"], high=row["high"],
-                count=max(row["models"], 2),
+                count=row["models"],
             ),
         )
         for row in details["measures"]
@@ -118,7 +122,14 @@ def arms(source: Source) -> Arms | None:
         )
         for arm, told in details["data"].items()
     ]  # fmt: skip
-    return Arms(against=details["against"], independent=details.get("independent", False), measures=measures, data=data)
+    assert isinstance(source.config, Config), "scores of a file have no arms"
+    compared = source.config.compare
+    assert compared is not None, "the result of a comparison"
+    return Arms(
+        against=details["against"], independent=details.get("independent", False),
+        tuning_seeds=len(compared.tuning_seeds), student_seeds=len(compared.student_seeds),
+        measures=measures, data=data,
+    )  # fmt: skip
 
 
 def sentences(found: Arms | None) -> list[Sentence]:
@@ -137,11 +148,9 @@ def section(found: Arms | None) -> Markup | None:
     if found is None:
         return None
     drawn = [_forest(found, measure) for measure in MEASURES if any(arm.difference for arm in found.of(measure))]
-    several = any(arm.models > 1 for arm in found.of("held_out_loss"))
-    held = "other rows and seeds" if several else "other rows, not for other seeds"
     note = (
         f"All arms share everything but one choice; differences are from {named(found.against)}. Losses are paired by "
-        f"row and seed, and their intervals hold for {held}; {_said_of_influence(found)} Lower is better."
+        f"row and seed, and their intervals hold for {_repeated(found)}; {_said_of_influence(found)} Lower is better."
     )
     if found.of("fresh_influence_alone"):
         note += (
@@ -158,7 +167,18 @@ def _said_of_influence(found: Arms) -> str:
             "every seed has a loop of its own, with data, pairs and models drawn anew, and influences, measured on the "
             "loop's warmed student, are compared loop by loop, so that both intervals hold for other loops."
         )
-    return "teachers write different texts, so influences are not paired."
+    return "teachers write different texts, so influences are not paired, and their intervals are about these teachers."
+
+
+def _repeated(found: Arms) -> str:
+    """What the losses' intervals hold for."""
+    if found.tuning_seeds == found.student_seeds == 1:
+        return "other rows, not for other seeds"
+    if found.tuning_seeds == 1:
+        return "other rows and students, not for other teachers"
+    if found.student_seeds == 1:
+        return "other rows and teachers, not for other seeds of their students"
+    return "other rows and seeds"
 
 
 def named(arm: str) -> str:

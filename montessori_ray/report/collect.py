@@ -41,6 +41,8 @@ class Report:
     losses: list[results.Loss]
     categories: list[results.Category]
     fresh: list[results.Fresh]
+    win_rate: dict[str, Any] | None
+    """What a judge said of the trained student's answers."""
     influences: list[scores.Influence]
     pairs: list[scores.Pairs]
     examples: list[scores.Examples]
@@ -75,6 +77,7 @@ def collect(source: Source) -> Report:
         losses=results.losses(source),
         categories=results.categories(source),
         fresh=results.fresh(source),
+        win_rate=results.win_rate(source),
         influences=scores.influences(source),
         pairs=scores.pairs(source),
         examples=scores.examples(source),

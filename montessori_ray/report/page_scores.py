@@ -83,7 +83,14 @@ def _agreements(measured: list[Influence]) -> Markup:
         correlations = [NONE if again[name] is None else f"{again[name]:.3f}" for name in ("spearman", "pearson")]
         changed = f"{again['pairs_changed']} of {again['pairs']}"
         rows.append((entry.name, f"{again['points']}", *correlations, percent(again["same_sign"]), changed))
-    heads = ("stage", "scored twice", "rank correlation", "correlation", "same sign", "pairs that would be others")
+    heads = (
+        "stage",
+        "scored twice",
+        "rank correlation",
+        "correlation",
+        "same sign",
+        "pairs by sign that would be others",
+    )
     return table(heads, rows, numbers=(1, 2, 3, 4, 5))
 
 

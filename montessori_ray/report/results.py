@@ -12,6 +12,7 @@ from montessori_ray.evaluation.statistics import grouped_mean, mean_interval, we
 from montessori_ray.report.plots import MAX_DOTS, quantiles
 from montessori_ray.report.source import Source
 from montessori_ray.report.words import Scale, count, number, percent, plus_minus, span
+from montessori_ray.telemetry.console import said_of_win_rate
 
 SMALLEST_INFLUENCE = 0.1
 """Influences below this are given in powers of ten: they are small changes of a loss."""
@@ -33,8 +34,8 @@ class Mean:
 
     @property
     def settled(self) -> bool:
-        """Whether the interval excludes zero."""
-        return self.count > 1 and not self.low <= 0 <= self.high
+        """Whether there is an interval, and it excludes zero."""
+        return self.low < self.high and not self.low <= 0 <= self.high
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,11 @@ class Fresh:
 def mean_of(values: Sequence[float]) -> Mean:
     """Mean, standard error and interval of values taken as independent."""
     return Mean(**mean_interval(values)._asdict(), count=len(values))
+
+
+def mean_of_groups(groups: Groups) -> Mean:
+    """The same of values in groups, which alone are independent: of a few-shot prompt's examples."""
+    return Mean(**grouped_mean(groups)._asdict(), count=sum(map(len, groups)))
 
 
 # -- losses ---------------------------------------------------------------------------------------------------------
@@ -140,7 +146,7 @@ def _fresh_of(groups: Groups, first: Groups | None, tuned: int) -> Fresh:
         change = Mean(**welch_difference(groups, first)._asdict(), count=len(values) + sum(map(len, first)))
     return Fresh(
         teacher=f"tuned {tuned}x" if tuned else _ORIGINAL,
-        influence=Mean(**grouped_mean(groups)._asdict(), count=len(values)),
+        influence=mean_of_groups(groups),
         share_helpful=share_helpful(groups),
         values=quantiles(values, MAX_DOTS),
         change=change,
@@ -161,7 +167,12 @@ class Sentence:
 
 def sentences(source: Source) -> list[Sentence]:
     """What came out, the result of the student first; a difference within its noise is called that."""
-    return [*_said_of_losses(losses(source)), *_said_of_fresh(fresh(source)), *_said_of_scores(source)]
+    return [
+        *_said_of_losses(losses(source)),
+        *_said_of_fresh(fresh(source)),
+        *_said_of_win_rate(win_rate(source)),
+        *_said_of_scores(source),
+    ]
 
 
 def _said_of_losses(found: Sequence[Loss]) -> list[Sentence]:
@@ -195,6 +206,22 @@ def _said_of_fresh(found: Sequence[Fresh]) -> list[Sentence]:
         f"{scale.span(change.low, change.high)}. {_unit(scale)}egative helps."
     )
     return [Sentence(headline=headline, detail=detail)]
+
+
+def win_rate(source: Source) -> dict[str, Any] | None:
+    """What `evaluation.judge.win_rate` found, the judge's name and the length-controlled rate; None without a judge."""
+    return next((manifest.details for _, manifest, _ in source.finished("win_rate")), None)
+
+
+def _said_of_win_rate(found: dict[str, Any] | None) -> list[Sentence]:
+    if found is None:
+        return []
+    headline, *detail = said_of_win_rate(found)
+    return [Sentence(headline=f"{headline}.", detail=f"{'. '.join(map(_capital, detail))}.")]
+
+
+def _capital(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
 
 
 def _said_of_scores(source: Source) -> list[Sentence]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import nlargest, nsmallest
+from itertools import chain
 from math import ceil, floor
 from typing import Any
 
 import numpy as np
 
 from montessori_ray.artifacts.run import Artifact
-from montessori_ray.report.results import Mean, mean_of
+from montessori_ray.report.results import Mean, mean_of_groups
 from montessori_ray.report.source import Source, place
 from montessori_ray.stages.base import Stage
 
@@ -110,7 +111,8 @@ class Examples:
 
 
 COLUMNS = [
-    "example_id", "influence", "estimator", "recheck_influence", "step_seconds", "restore_seconds", "evaluate_seconds",
+    "example_id", "prompt_id", "influence", "estimator", "recheck_influence",
+    "step_seconds", "restore_seconds", "evaluate_seconds",
 ]  # fmt: skip
 
 
@@ -124,18 +126,19 @@ def influences(source: Source) -> list[Influence]:
 
 
 def _influence(stage: Stage, details: dict[str, Any], artifact: Artifact) -> Influence:
-    values: list[float] = []
+    of_prompt: dict[str, list[float]] = {}
     rechecked: list[tuple[str, float, float]] = []
     seconds: dict[str, float] = {}
     for row in artifact.rows(COLUMNS):
         if row["influence"] is None:
             continue
-        values.append(row["influence"])
+        of_prompt.setdefault(row["prompt_id"], []).append(row["influence"])
         estimator = row["estimator"]
         if row["recheck_influence"] is not None and len(rechecked) < MAX_RECHECKED:
             rechecked.append((row["example_id"], row["influence"], row["recheck_influence"]))
         for part in ("step", "restore", "evaluate"):
             seconds[part] = seconds.get(part, 0.0) + (row[f"{part}_seconds"] or 0.0)
+    values = list(chain.from_iterable(of_prompt.values()))
     edges, counts = histogram(values)
     recheck = details.get("recheck")
     return Influence(
@@ -143,7 +146,7 @@ def _influence(stage: Stage, details: dict[str, Any], artifact: Artifact) -> Inf
         place=place(stage.name),
         fresh=stage.kind == "score_fresh",
         estimator=estimator,
-        mean=mean_of(values),
+        mean=mean_of_groups(list(of_prompt.values())),
         share_helpful=sum(value < 0 for value in values) / len(values),
         edges=edges,
         counts=counts,

@@ -17,7 +17,8 @@ from montessori_ray.templates import apply_template
 if TYPE_CHECKING:
     from montessori_ray.evaluation.endpoint import Ask, Conversation, Reply
 
-JUDGES = ("evaluate.judge", "pair.judge")
+WIN_RATE_JUDGE = "evaluate.judge"
+JUDGES = (WIN_RATE_JUDGE, "pair.judge")
 """Settings of a judge; the stage that asks it has them."""
 
 ROWS_A_PART = 32
@@ -42,15 +43,17 @@ def commit_parts(context: StageContext, rows: Iterator[dict[str, Any]], total: i
 
 
 def require_keys(stages: Iterable[Stage], config: AnySettings, run: Run) -> None:
-    """Look for the keys of the judges that unfinished stages ask, which may be hours into the run.
+    """Look for what the judges need that unfinished stages ask, which may be hours into the run: keys, and packages.
 
     Raises:
-        ConfigError: as `ChatEndpoint`.
+        ConfigError: as `ChatEndpoint`, or a win rate is asked for without alpaca-eval.
     """
     asking = [(stage, name) for stage in stages for name in JUDGES if name in stage.settings]
     for stage, name in asking:
         if run.artifact(stage.output).manifest() is None:
             _check_key(attrgetter(name)(stage.config or config))
+            if name == WIN_RATE_JUDGE:
+                _check_package()
 
 
 def _check_key(settings: Judge) -> None:
@@ -58,6 +61,12 @@ def _check_key(settings: Judge) -> None:
 
     if settings.model != "pool":
         ChatEndpoint(settings)
+
+
+def _check_package() -> None:
+    from montessori_ray.evaluation.alpaca_eval import require_package  # late: see stages/__init__.py
+
+    require_package()
 
 
 def open_judge(context: StageContext, settings: Judge, *, model: int) -> Ask:
@@ -87,7 +96,7 @@ def _in_pool(context: StageContext, settings: Judge, model: int) -> Ask:
             (sample,) = await client.generate(request)
         except ModelError as error:
             return Reply(str(error), refused=True)
-        return Reply(sample.text)
+        return Reply(sample.text, cut=sample.finish_reason == "length")
 
     def ask(conversations: Iterable[Conversation]) -> Iterator[Reply]:
         return in_order(answer, conversations, concurrency=settings.concurrency)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from statistics import fmean, stdev
 from typing import Any
 
 from montessori_ray.errors import RunError
-from montessori_ray.evaluation.statistics import mean_se
+from montessori_ray.evaluation.statistics import grouped_mean
 from montessori_ray.influence.agreement import agreement
 from montessori_ray.stages.base import AnySettings, StageContext
 
@@ -97,24 +97,28 @@ def mark_rechecks(rows: Iterable[dict[str, Any]], recheck: int, total: int) -> I
 
 
 def summarise(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Mean influence with its standard error over examples, the share that helps, noise, quarantined by reason."""
-    influences, noise = array("d"), array("d")
+    """Mean influence with its standard error over few-shot prompts, whose examples are alike, the share that helps,
+    noise, quarantined by reason."""
+    of_prompt: dict[str, array[float]] = {}
+    noise = array("d")
     reasons: dict[str, int] = {}
     rechecked: list[dict[str, Any]] = []
     for row in rows:
         if row["quarantine"] is not None:
             reasons[row["quarantine"]] = reasons.get(row["quarantine"], 0) + 1
         if row["influence"] is not None:
-            influences.append(row["influence"])
+            of_prompt.setdefault(row["prompt_id"], array("d")).append(row["influence"])
         if row["influence_se"] is not None:
             noise.append(row["influence_se"])
         if row["recheck_influence"] is not None:
             rechecked.append(row)
-    if not influences:
+    if not of_prompt:
         return {"scored": 0, "quarantined": reasons, "recheck": None}
+    influences = array("d", chain.from_iterable(of_prompt.values()))
+    mean = grouped_mean(list(of_prompt.values()))
     return {
         "scored": len(influences),
-        "influence": mean_se(influences),
+        "influence": {"mean": mean.mean, "se": mean.se},
         "spread": stdev(influences) if len(influences) > 1 else None,
         "share_helpful": sum(value < 0 for value in influences) / len(influences),
         "mean_se_over_reference": fmean(noise) if noise else None,

@@ -104,7 +104,7 @@ class Console:
                 self.rich.print(table)
         judged = run.artifact("final/win_rate").manifest()
         if judged is not None:
-            self.rich.print(Text(said_of_win_rate(judged.details)), "")
+            self.rich.print(Text("\n  ".join(said_of_win_rate(judged.details))), "")
         comparison = run.artifact("compare/result").manifest()
         if comparison is not None:
             for part in comparison_tables(comparison.details):
@@ -279,20 +279,29 @@ def benchmark_table(results: dict[str, Any]) -> Table:
     return table
 
 
-def said_of_win_rate(details: dict[str, Any]) -> str:
-    """What a judge found, in a few lines."""
-    rate, controlled = details["win_rate"], details["length_controlled"]
-    lines = [
+def said_of_win_rate(details: dict[str, Any]) -> list[str]:
+    """What a judge found, in a few sentences without a full stop."""
+    rate, controlled, verdicts = details["win_rate"], details["length_controlled"], details["verdicts"]
+    even = ", within noise of 50 %" if rate["low"] <= 0.5 <= rate["high"] else ""
+    said = [
         f"Win rate of the trained against the original student: {rate['mean']:.1%} (95 % interval {rate['low']:.1%} to "
-        f"{rate['high']:.1%}) of {details['pairs']} answers, judged by {details['judge']}",
-        f"  {details['wins']} won, {details['ties']} tied, {details['losses']} lost; the verdict followed the place "
-        f"instead of the answer in {details['follows_place']:.0%}",
+        f"{rate['high']:.1%}{even}) of {details['pairs']} pairs of answers, judged by {details['judge']}",
+        f"{details['wins']} won, {details['ties']} tied, {details['losses']} lost; both verdicts on a pair followed "
+        f"the place instead of the answer in {details['follows_place']:.0%}",
     ]
+    if details["first_place"] is not None:
+        said[-1] += f", and {details['first_place']:.0%} of all decided ones went to the answer shown first"
+    lost = [f"{verdicts[what]} {what}" for what in ("unparsed", "refused") if what in verdicts]
+    if lost:
+        pairs = sum(verdicts.values()) // 2
+        said.append(
+            f"{pairs - details['pairs']} of {pairs} pairs have no two verdicts ({', '.join(lost)}) and count nowhere"
+        )
     if controlled["win_rate"] is None:
-        lines.append(f"  no length-controlled win rate: {controlled['reason']}")
+        said.append(f"no length-controlled win rate: {controlled['reason']}")
     else:
-        lines.append(f"  length-controlled: {controlled['win_rate']:.1%} ± {controlled['standard_error']:.1%}")
-    return "\n".join(lines)
+        said.append(f"length-controlled: {controlled['win_rate']:.1%} ± {controlled['standard_error']:.1%}")
+    return said
 
 
 BINS = 15

@@ -14,8 +14,13 @@ Answer = Callable[[list[dict[str, str]]], "str | tuple[int, str]"]
 
 
 @contextmanager
-def serving(answer: Answer, model: str = "judge") -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Serve one model; yields the base URL and the list of request bodies (with `authorization`) so far."""
+def serving(
+    answer: Answer, model: str = "judge", cut_at: int | None = None
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Serve one model; yields the base URL and the list of request bodies (with `authorization`) so far.
+
+    Answers end after `cut_at` characters, as others do at their limit of tokens.
+    """
     requests: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -24,8 +29,9 @@ def serving(answer: Answer, model: str = "judge") -> Iterator[tuple[str, list[di
             requests.append(body | {"authorization": self.headers["Authorization"], "path": self.path})
             said = answer(body["messages"]) if body["model"] == model else (404, f"no model {body['model']}")
             if isinstance(said, str):
-                message = {"role": "assistant", "content": said}
-                self._send(200, {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]})
+                message = {"role": "assistant", "content": said[:cut_at]}
+                reason = "stop" if said == said[:cut_at] else "length"
+                self._send(200, {"choices": [{"index": 0, "message": message, "finish_reason": reason}]})
             else:
                 self._send(said[0], {"error": {"message": said[1], "code": said[0]}})
 

@@ -58,23 +58,43 @@ def test_a_refused_conversation_is_a_reply_and_the_others_go_on() -> None:
     assert "longer than the context" in replies[1].text
 
 
+@pytest.mark.parametrize("status", [400, 422, 413])
+def test_an_endpoint_that_refuses_whatever_it_is_asked_has_not_refused_the_conversation(status: int) -> None:
+    """Some say 400 to an empty account, others to a key they do not know; that must not be kept as a reply."""
+    broke = iter([False] * 3 + [True] * 9)
+    with serving(lambda messages: (status, "your credit is too low") if next(broke) else "fine") as (url, _):
+        replies = ChatEndpoint(settings(url, concurrency=1))(conversation(str(i)) for i in range(9))
+        assert [next(replies) for _ in range(3)] == [Reply("fine")] * 3
+        with pytest.raises(ConfigError, match=r"refuses every question, even 'Say yes\.'.*your credit is too low"):
+            next(replies)
+
+
+def test_a_reply_that_is_cut_off_is_not_whole() -> None:
+    with serving(lambda messages: messages[0]["content"], cut_at=5) as (url, _):
+        replies = list(ChatEndpoint(settings(url))(map(conversation, ["Fine", "I think of Verdict: A, but"])))
+    assert [(reply.text, reply.cut, reply.whole) for reply in replies] == [
+        ("Fine", False, True),
+        ("I thi", True, False),
+    ]
+
+
 def test_models_that_reason_are_asked_in_their_words() -> None:
-    """They take no temperature, and call the limit otherwise; what they refuse for good stays refused."""
+    """They take no temperature, call the limit otherwise, and need one for their hidden thoughts as well."""
     answers = iter([(400, "Unsupported parameter: 'max_tokens' is not supported with this model"), "a", "b"])
     with serving(lambda messages: next(answers)) as (url, requests):
         replies = list(ChatEndpoint(settings(url, concurrency=1))(map(conversation, ["first", "second"])))
     assert replies == [Reply("a"), Reply("b")]
-    assert [body.get("max_completion_tokens") for body in requests] == [None, 512, 512]
+    assert [body.get("max_completion_tokens") for body in requests] == [None, 16 * 512, 16 * 512]
     assert ["temperature" in body for body in requests] == [True, False, False]
 
 
 def test_a_conversation_without_room_for_max_tokens_changes_nothing_for_the_others() -> None:
     """As vLLM says it. Without a temperature of 0 the others would be judged by luck."""
-    answers = iter([(400, "'max_tokens' or 'max_completion_tokens' is too large: 512"), "b"])
+    answers = iter([(400, "'max_tokens' or 'max_completion_tokens' is too large: 512"), "yes", "b"])
     with serving(lambda messages: next(answers)) as (url, requests):
         replies = list(ChatEndpoint(settings(url, concurrency=1))(map(conversation, ["first", "second"])))
     assert [reply.refused for reply in replies] == [True, False]
-    assert [(body["temperature"], body["max_tokens"]) for body in requests] == [(0, 512)] * 2
+    assert [(body["temperature"], body["max_tokens"]) for body in requests] == [(0, 512)] * 3
 
 
 def test_a_reply_without_choices_is_an_error() -> None:
@@ -99,7 +119,7 @@ def test_what_cannot_work_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
             list(ChatEndpoint(settings(url, model="gpt"))([conversation("?")]))
         with pytest.raises(ConfigError, match="does not accept the key in None"):
             list(ChatEndpoint(settings(url))([conversation("?")]))
-    with pytest.raises(ResourceError, match=r"gave no answer in 2 attempts.*give the same command again"):
+    with pytest.raises(ResourceError, match=r"gave no answer \(APIConnectionError.*give the same command again"):
         list(ChatEndpoint(settings(url))([conversation("?")]))  # the server is gone
 
 

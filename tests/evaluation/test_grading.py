@@ -7,7 +7,12 @@ from collections.abc import Iterable, Iterator
 from montessori_ray.evaluation.endpoint import Conversation, Reply
 from montessori_ray.evaluation.grading import grade_examples
 
-REPLIES = {"good": Reply("Clear.\nRating: 9"), "odd": Reply("I like it."), "long": Reply("too long", refused=True)}
+REPLIES = {
+    "good": Reply("Clear.\nRating: 9"),
+    "odd": Reply("I like it."),
+    "long": Reply("too long", refused=True),
+    "rambling": Reply("Rating: 9 would be too much, since", cut=True),
+}
 
 
 def ask(conversations: Iterable[Conversation]) -> Iterator[Reply]:
@@ -22,5 +27,5 @@ def test_an_example_without_a_readable_grade_has_none() -> None:
         {"example_id": name, "instruction": f"Say {name}.", "response": f"{name} response"} for name in sorted(REPLIES)
     ]
     assert [(row["example_id"], row["grade"]) for row in grade_examples(iter(rows), ask)] == [
-        ("good", 9.0), ("long", None), ("odd", None),
+        ("good", 9.0), ("long", None), ("odd", None), ("rambling", None),
     ]  # fmt: skip

@@ -65,21 +65,37 @@ def test_the_interval_of_few_pairs_stays_among_shares() -> None:
     assert rate["low"] == 0.0, "0.75 less 3.18 standard errors of .25 is below"
 
 
+@pytest.mark.parametrize(
+    ("letter", "low", "high"), [(CANDIDATE, 0.025 ** (1 / 9), 1), (BASELINE, 0, 1 - 0.025 ** (1 / 9))]
+)
+def test_pairs_that_all_end_alike_leave_room_for_others(letter: str, low: float, high: float) -> None:
+    """A rate of `low` gives nine wins of nine in one of 40 cases."""
+    rows = [
+        {"example_id": str(number), "verdict": letter, "shown_first": first, "reply": ""}
+        for number in range(9)
+        for first in (CANDIDATE, BASELINE)
+    ]
+    rate = win_rate(rows)["win_rate"]
+    assert (rate["low"], rate["high"]) == (pytest.approx(low), pytest.approx(high))
+
+
 def test_pairs_without_a_readable_verdict_in_both_orders_do_not_count() -> None:
     def hesitant(conversation: Conversation) -> Reply:
         first, _ = SHOWN.findall(conversation[0]["content"])[0]
         if first.startswith("ccccccccc"):
             return Reply("too long for me", refused=True)
-        return Reply("Both are nice.") if first == "b" else longer_wins(conversation)
+        if first == "b":
+            return Reply("If I had to say Verdict: A, it", cut=True)
+        return Reply("Both are nice.") if first == "bbb" else longer_wins(conversation)
 
     rows = list(judge_pairs(pairs(60), asked(hesitant)))
-    readable = [pair for pair in pairs(60) if len(pair.candidate) < 9 and pair.baseline != "b"]
-    assert 40 < len(readable) < 60
+    readable = [pair for pair in pairs(60) if len(pair.candidate) < 9 and pair.baseline not in ("b", "bbb")]
+    assert 30 < len(readable) < 60
     assert set(pair_scores(rows)) == {pair.example_id for pair in readable}
     found = win_rate(rows)
     assert found["pairs"] == len(readable)
     assert found["verdicts"]["refused"] == sum(len(pair.candidate) == 9 for pair in pairs(60))
-    assert found["verdicts"]["unparsed"] == sum(pair.baseline == "b" for pair in pairs(60))
+    assert found["verdicts"]["unparsed"] == sum(pair.baseline in ("b", "bbb") for pair in pairs(60))
 
 
 def test_a_judge_that_never_decides_is_an_error_with_its_words() -> None:

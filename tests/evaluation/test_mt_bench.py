@@ -26,7 +26,7 @@ from montessori_ray.evaluation.mt_bench import (
 QUESTIONS = [
     {"question_id": 81, "category": "writing", "turns": ["Write about {tea}.", "Shorter!"]},
     {"question_id": 101, "category": "math", "turns": ["2 + 2?", "And 3 + 3?"], "reference": ["4", "6"]},
-    {"question_id": 102, "category": "math", "turns": ["7?", "8?"], "reference": ["seven"]},
+    {"question_id": 102, "category": "math", "turns": ["7?", "8?"], "reference": ["seven", ""]},
 ]
 
 

@@ -43,7 +43,9 @@ def row(
 
 def source(folder: Path) -> Source:
     run = Run(str(folder / "evidence"))
-    tree = load_config(QUICKSTART).model_dump() | {"compare": {"against": "self_instruct", "arms": ARMS}}
+    tree = load_config(QUICKSTART).model_dump() | {
+        "compare": {"against": "self_instruct", "arms": ARMS, "tuning_seeds": (0, 1), "student_seeds": (0, 1)}
+    }
     run.storage.write("config.yaml", yaml.safe_dump(Config.model_validate(tree).model_dump(mode="json")).encode())
     measures = [
         row("self_instruct", "held_out_loss", 2.7, None),
@@ -91,8 +93,13 @@ def test_intervals_are_said_to_hold_for_what_was_repeated(tmp_path: Path) -> Non
     found = arms(source(tmp_path))
     assert found is not None
     assert "hold for other rows and seeds; teachers write different texts" in str(section(found))
-    single = replace(found, measures=[replace(arm, models=1) for arm in found.measures])
-    assert "hold for other rows, not for other seeds; teachers" in str(section(single))
+    for tuning, student, said in (
+        (1, 1, "other rows, not for other seeds"),
+        (1, 3, "other rows and students, not for other teachers"),
+        (3, 1, "other rows and teachers, not for other seeds of their students"),
+    ):
+        few = replace(found, tuning_seeds=tuning, student_seeds=student)
+        assert f"hold for {said}; teachers write different texts" in str(section(few))
     assert "every seed has a loop of its own" in str(section(replace(found, independent=True)))
 
 
