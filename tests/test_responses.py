@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -49,7 +50,10 @@ def context(tmp_path: Path) -> StageContext:
     instructions = run.artifact(STAGE.inputs[0])
     instructions.begin(Identity(stage="instructions", settings={}, inputs={}))
     for part, statuses in enumerate(STATUSES):
-        rows = [{"example_id": f"{part}-{number}", "status": status} for number, status in enumerate(statuses)]
+        rows = [
+            {"example_id": f"{part}-{number}", "instruction": str(part), "status": status}
+            for number, status in enumerate(statuses)
+        ]
         instructions.append(pa.Table.from_pylist(rows, schema=INSTRUCTIONS))
     kept = sum(status == "kept" for statuses in STATUSES for status in statuses)
     columns = {field.name: str(field.type) for field in INSTRUCTIONS}
@@ -77,7 +81,7 @@ def test_every_kept_instruction_is_answered_once_wherever_a_session_stopped(
 class Refusing:
     """A client of the pool whose requests are all refused."""
 
-    def generate_all(self, requests: Iterable[GenerationRequest], *, concurrency: int) -> Iterator[Any]:
+    async def generate(self, request: GenerationRequest) -> list[Sample]:
         raise ModelError("a prompt of 90 tokens does not fit: raise pool.max_model_len")
 
 
@@ -90,6 +94,31 @@ def test_what_a_user_did_wrong_is_said_in_its_own_words(context: StageContext) -
         pytest.raises(ModelError, match=r"^a prompt of 90 tokens does not fit: raise"),
     ):
         synthesize.synthesize_responses(refused)
+
+
+class Slow:
+    """A client of the pool that answers with the number of the requests under way, later parts sooner."""
+
+    def __init__(self) -> None:
+        self.under_way = 0
+
+    async def generate(self, request: GenerationRequest) -> list[Sample]:
+        self.under_way += 1
+        await asyncio.sleep(2.0 - 0.2 * int(request.prompt))
+        self.under_way -= 1
+        return [Sample(text=f"{request.prompt} {self.under_way}", finish_reason="stop", num_tokens=2)]
+
+
+def test_parts_are_answered_side_by_side_and_come_in_order(context: StageContext) -> None:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    with connected(Cluster(num_cpus=1, dashboard=False, object_store_memory=100_000_000)):
+        synthesize.synthesize_responses(replace(context, client=cast("Any", Slow())))
+    rows = list(context.output.rows())
+    assert [row["example_id"] for row in rows] == ["0-0", "0-1", "1-0", "3-0", "5-0"]
+    assert len(context.output.parts()) == 4
+    said = [row["response"].split() for row in rows]
+    assert [instruction for instruction, _ in said] == ["0", "0", "1", "3", "5"]
+    assert max(int(others) for _, others in said) >= 3, "those of later parts while the first ones wait"
 
 
 class Answering:
