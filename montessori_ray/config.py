@@ -206,7 +206,7 @@ class Pool(Section):
     max_retries: Count = 5
     """Times one request is sent again after its replica died."""
     start_timeout_s: Positive = 600
-    """Seconds a deployment may take to become healthy before the run fails."""
+    """Seconds a deployment may take to become healthy, or be without a running replica later, before the run fails."""
     resident: bool = False
     """Keep the pool up while other stages run (clusters with room for both). False gives its resources back between
     synthesis stages."""
@@ -262,7 +262,8 @@ class Synthesize(Section):
     n: Count = 4
     """Instructions sampled from one few-shot prompt; pairs are built among them (paper: 4)."""
     prompts_per_round: Count = 256
-    """Few-shot prompts sent before their instructions may serve as shots of later prompts."""
+    """Few-shot prompts sent before their instructions may serve as shots of later prompts. A round ends when its longest
+    sample does: a pool is kept busy by rounds of twice `pool.replicas * pool.max_num_seqs / n` prompts or more."""
     commit_prompts: Count = 8
     """Few-shot prompts whose samples are committed together; a kill loses at most these and the ones in flight."""
     max_rejected: Fraction = 0.95
@@ -495,7 +496,7 @@ class Judge(Section):
     max_tokens: Count = 512
     """Longest reply, tokens: a reason in a few sentences and the verdict."""
     concurrency: Count = 16
-    """Questions under way at once."""
+    """Questions under way at once at an endpoint; the pool is asked as many as it has room for."""
 
     @model_validator(mode="after")
     def _is_somewhere(self) -> Self:

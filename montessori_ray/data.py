@@ -59,9 +59,14 @@ def read_examples(file: DataFile) -> Iterator[dict[str, Any]]:
     Columns `example_id` and `prompt_id` are kept where the file has them; an example without a prompt is its own.
 
     Raises:
-        DataError: as `read_rows`, or an `example_id` occurs twice.
+        DataError: as `read_rows`, no column of responses is named, or an `example_id` occurs twice.
     """
     table = _open("examples", file)
+    if file.response is None:
+        raise DataError(
+            f"data.examples: no column of {file.path} is said to hold responses, and an example is scored by its own: "
+            "set data.examples.response"
+        )
     seen: set[str] = set()
     for number, row in enumerate(read_rows("examples", file, needs_response=False), start=file.start):
         given = table[number]

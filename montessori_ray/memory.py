@@ -72,17 +72,21 @@ def require_memory(
 
 
 def copy_of(stage: Stage, settings: AnySettings) -> Copy | None:
-    """What a worker of the stage holds; None where it trains or scores nothing, and for adapters (LoRA), which leave
-    most of a model as it is."""
+    """What a worker of the stage holds; None where it trains, scores and measures nothing. Of a student with an adapter
+    (LoRA) its frozen weights alone."""
     if isinstance(settings, Config) and stage.teacher is not None:
         return _hosted("student" if stage.teacher.endswith("student") else "teacher", settings.pool)
     if isinstance(settings, Config) and stage.kind == "tune_teacher":
         return _trained("teacher", stage.kind, settings.tune_teacher)
-    if settings.student.lora:
-        return None
+    lora = settings.student.lora is not None
     if stage.kind in ("warm_up", "train_student"):
-        return _trained("student", stage.kind, getattr(settings, stage.kind))
-    return _scored(settings.score) if stage.kind in ("score", "score_fresh") else None
+        return _trained("student", stage.kind, getattr(settings, stage.kind), frozen=lora)
+    if stage.kind in ("evaluate", "measure_students"):
+        return Copy(
+            model="student", bytes_a_weight=4, worker=settings.score.worker.bundle, workers=1,
+            remedy="students are measured whole, each by one score.worker: take a smaller one, or more memory",
+        )  # fmt: skip
+    return _scored(settings.score, frozen=lora) if stage.kind in ("score", "score_fresh") else None
 
 
 def _hosted(role: Role, pool: Pool) -> Copy | None:
@@ -95,17 +99,22 @@ def _hosted(role: Role, pool: Pool) -> Copy | None:
     )  # fmt: skip
 
 
-def _trained(role: Role, section: str, training: Training) -> Copy:
+def _trained(role: Role, section: str, training: Training, *, frozen: bool = False) -> Copy:
+    size = WHOLE[training.zero_stage] + DIVIDED[training.zero_stage] / training.workers
+    if frozen:
+        size = 4 / training.workers if training.zero_stage == 3 else 4
     return Copy(
-        model=role, bytes_a_weight=WHOLE[training.zero_stage] + DIVIDED[training.zero_stage] / training.workers,
+        model=role, bytes_a_weight=size,
         worker=training.worker.bundle, workers=training.workers,
         remedy=f"set {section}.zero_stage=3, which divides it among {section}.workers, and raise these",
     )  # fmt: skip
 
 
-def _scored(score: Score) -> Copy:
-    if score.backend != "zero" and score.group_size == 1:
-        size: float = 20 if score.estimator == "exact" else 24  # as Score.backend says
+def _scored(score: Score, *, frozen: bool) -> Copy:
+    if frozen:
+        size: float = 4 / score.group_size if score.zero_stage == 3 else 4
+    elif score.backend != "zero" and score.group_size == 1:
+        size = 20 if score.estimator == "exact" else 24  # as Score.backend says
     else:
         divided = OFFLOADED if score.offload and score.worker.gpus else DIVIDED
         size = WHOLE[score.zero_stage] + divided[score.zero_stage] / score.group_size

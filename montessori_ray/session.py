@@ -100,6 +100,8 @@ class Session:
         self._board = ProgressBoard.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
         nodes = cluster_nodes()
         self.note(f"Ray on {name}: {say_bundles(nodes)}, up in {time.monotonic() - started:.0f} s")
+        if isinstance(self.config, Config) and self._new_pool(self.config).is_left_over():
+            self._own(self._new_pool(self.config))
         return nodes
 
     def execute(self, stage: Stage) -> None:
@@ -195,12 +197,18 @@ class Session:
             if self._pool is not None and stage.bundles and not self.config.pool.resident:
                 self._pool.release()
             return None
-        if self._pool is None:
-            # Runs may share a cluster; the next session of a killed one takes its pool over by this name.
-            name = f"teacher-{hashlib.sha256(self.run.root.encode()).hexdigest()[:8]}"
-            self._pool = TeacherPool(self.config.pool, name=name)
-            self._exit.callback(self._pool.release)
+        pool = self._pool or self._own(self._new_pool(self.config))
         started = time.monotonic()
-        if self._pool.host(str(self.run.artifact(stage.teacher).model_path())):
+        if pool.host(str(self.run.artifact(stage.teacher).model_path())):
             self.note(f"teacher pool serves {stage.teacher}, up in {time.monotonic() - started:.0f} s")
-        return self._pool.client()
+        return pool.client()
+
+    def _new_pool(self, config: Config) -> TeacherPool:
+        """Runs may share a cluster; the next session of a killed one takes its pool over by this name."""
+        return TeacherPool(config.pool, name=f"teacher-{hashlib.sha256(self.run.root.encode()).hexdigest()[:8]}")
+
+    def _own(self, pool: TeacherPool) -> TeacherPool:
+        """End the pool's replicas where their resources are wanted, and with the session."""
+        self._pool = pool
+        self._exit.callback(pool.release)
+        return pool

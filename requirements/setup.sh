@@ -16,7 +16,7 @@ want=$(sha256sum "$file" pyproject.toml requirements/setup.sh | sha256sum | cut 
 if [ -x .venv/bin/montessori ] && [ "$(cat "$stamp" 2>/dev/null)" = "$want" ]; then exit 0; fi
 
 [ "$(uname -sm)" = "Linux x86_64" ] || fail "needs Linux on x86_64, this is $(uname -sm)"
-command -v g++ >/dev/null || fail "needs a C++ compiler for DeepSpeed's operators: install g++ (Debian, Ubuntu: apt-get install g++)"
+command -v g++ >/dev/null || fail "needs a C++ compiler for what PyTorch and vLLM compile: install g++ (Debian, Ubuntu: apt-get install g++)"
 is_supported() { "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; }
 python=
 for candidate in ${PYTHON:-python3.12 python3.11 python3}; do
@@ -28,7 +28,7 @@ echo "setup: $lock packages with $("$python" -V) into .venv (a few minutes, once
 [ -x .venv/bin/python ] && is_supported .venv/bin/python || { rm -rf .venv; "$python" -m venv .venv; }
 rm -f "$stamp"
 # Complete locks, so no dependency is looked up. The sdists (DeepSpeed, rouge-score) build with the packages installed
-# first; DeepSpeed compiles its operators at first use.
+# first; DeepSpeed's operators are not used.
 pip() { DS_BUILD_OPS=0 .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation "$@"; }
 pinned() { grep -E "^$1==" "$file"; }
 pip "$(pinned setuptools)"
@@ -38,8 +38,4 @@ if [ "$lock" = cpu ]; then
 fi
 pip -r "$file"
 pip -e .
-if [ "$lock" = cpu ]; then # DeepSpeed's one operator that every training loads; else the first one waits 40 s for it
-  PATH="$PWD/.venv/bin:$PATH" DS_ACCELERATOR=cpu .venv/bin/python -c 'from deepspeed.comm.torch import build_shm_op; build_shm_op()' \
-    >/dev/null 2>&1 || fail "DeepSpeed's shared-memory operator does not compile; what it says: .venv/bin/ds_report"
-fi
 echo "$want" >"$stamp"

@@ -171,6 +171,29 @@ def test_model_without_weights_tokenizer_template_or_context(tmp_path: Path, tin
     assert "/nowhere" in refused(tmp_path / "e", "teacher.model=/nowhere")
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for message in messages %}{{ message['content'] | shout }}{% endfor %}", "No filter named 'shout'"),
+        (
+            "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ raise_exception('no answer yet') }}"
+            "{% endif %}{{ message['content'] }}{% endfor %}",
+            "no answer yet",
+        ),
+        ("{{ messages[0]['content'] }}", "chat template"),
+    ],
+)
+def test_a_template_that_cannot_show_a_prompt(tmp_path: Path, tiny_model: Path, template: str, reason: str) -> None:
+    """Seen while the models are imported, and not once the pool is up."""
+    (tmp_path / "template.jinja").write_text(template)
+    said = refused(
+        tmp_path / "run", f"teacher.model={tiny_model}", f"teacher.chat_template={tmp_path / 'template.jinja'}",
+        "pool.max_model_len=128",
+    )  # fmt: skip
+    assert f"the chat template of the teacher {tiny_model} cannot show it a prompt (" in said
+    assert reason in said
+
+
 def test_a_model_outside_of_the_run_that_became_another(tmp_path: Path, tiny_model: Path) -> None:
     folder = Path(shutil.copytree(tiny_model, tmp_path / "teacher"))
     line = (f"teacher.model={folder}", "pool.max_model_len=128", "student.drop_layers=[99]")

@@ -290,9 +290,23 @@ def test_no_shipped_instruction_repeats_another_in_any_of_the_files() -> None:
 def test_ids_of_examples_are_kept_whatever_pandas_made_of_them(tmp_path: Path) -> None:
     """An index begins with 0, and one missing number makes floats of the others."""
     rows = [
-        {"example_id": number, "prompt_id": None if number == 3 else float(number // 2), "instruction": f"Do {number}."}
+        {
+            "example_id": number,
+            "prompt_id": None if number == 3 else float(number // 2),
+            "instruction": f"Do {number}.",
+            "response": "Done.",
+        }
         for number in range(4)
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    found = list(read_examples(DataFile(path=str(tmp_path / "rows.parquet"))))
+    found = list(read_examples(DataFile(path=str(tmp_path / "rows.parquet"), response="response")))
     assert [(row["example_id"], row["prompt_id"]) for row in found] == [("0", "0"), ("1", "0"), ("2", "1"), ("3", "3")]
+
+
+def test_examples_without_a_column_of_responses_are_refused(tmp_path: Path) -> None:
+    """Each would be quarantined for its empty response, after the student is warmed up."""
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "Say yes.", "response": "Yes."}\n')
+    with pytest.raises(
+        DataError, match=r"no column of .*rows\.jsonl is said to hold responses.*set data\.examples\.resp"
+    ):
+        list(read_examples(DataFile(path=str(tmp_path / "rows.jsonl"))))

@@ -76,6 +76,18 @@ def test_what_is_not_known_is_not_refused() -> None:
     assert refused(config, LLAMA, []) == {}, "no node has answered"
     adapter = load_config(CONFIGS / "paper_llama3_8b.yaml", ["student.lora={rank: 8}", "score.group_size=1"])
     assert refused(adapter, LLAMA, H100) == {}
+    small = refused(adapter, LLAMA, [Memory(host=2000.0, gpu=24.0)])
+    assert "needs 32 GB at least for a student" in small["iteration_00/score"], "of its frozen weights alone"
+
+
+def test_what_is_measured_last_is_measured_whole() -> None:
+    """A student that is trained and scored in parts must fit one device in the end, or the run is lost there."""
+    large = LLAMA | {"student": 32_000_000_000}
+    divided = [f"{name}.zero_stage=3" for name in ("warm_up", "train_student", "score")]
+    config = load_config(CONFIGS / "paper_llama3_8b.yaml", [*divided, "score.group_size=8"])
+    said = refused(config, large, H100)
+    assert [name for name in said if name.startswith("final/")] == ["final/evaluate"]
+    assert "needs 128 GB at least for a student of 32 billion weights (4 bytes each)" in said["final/evaluate"]
 
 
 @pytest.mark.parametrize(

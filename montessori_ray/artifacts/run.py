@@ -161,7 +161,7 @@ class Artifact:
 
     def discard_parts(self) -> None:
         """Remove the parts of an unfinished dataset that is made anew rather than continued."""
-        for part in self.parts():
+        for part in reversed(self.parts()):  # what a kill leaves is numbered without a gap
             self.storage.remove(part)
         self._next_part = 0
 

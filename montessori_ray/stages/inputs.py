@@ -13,6 +13,8 @@ from montessori_ray.artifacts.run import LOCATION, Artifact
 from montessori_ray.config import Config, ScoreFiles
 from montessori_ray.errors import DataError, ModelError, RunError
 from montessori_ray.stages.base import AnySettings, StageContext
+from montessori_ray.stages.judging import rendered
+from montessori_ray.synthesis.prompts import prompt_style, render
 
 ROWS_A_PART = 10_000
 
@@ -23,7 +25,7 @@ LINKED = "linked"
 
 
 def import_seeds(context: StageContext) -> dict[str, Any]:
-    """Seed instructions into `inputs/seeds`; there must be more than one few-shot prompt can show."""
+    """Seed instructions into `inputs/seeds`; there must be as many as a few-shot prompt shows."""
     from montessori_ray.data import read_rows  # late: see stages/__init__.py
 
     rows = list(read_rows("seeds", context.config.data.seeds, needs_response=False))
@@ -88,7 +90,28 @@ def import_teacher(context: StageContext) -> dict[str, Any]:
     """The original teacher as `inputs/teacher`."""
     config = context.config
     teacher = config.teacher
-    return _import_model(context, teacher.model, "teacher", teacher.chat_template, config.pool.max_model_len, ())
+    made = _import_model(context, teacher.model, "teacher", teacher.chat_template, config.pool.max_model_len, ())
+    _require_prompts(config)
+    return made
+
+
+def _require_prompts(config: Config) -> None:
+    """Refuse a teacher whose chat template cannot show what stages will ask it."""
+    from jinja2 import TemplateError
+
+    from montessori_ray.models import resolve_model  # late: see stages/__init__.py
+    from montessori_ray.training.chat import load_tokenizer
+
+    tokenizer = load_tokenizer(resolve_model(config.teacher.model), config.teacher.chat_template, role="teacher")
+    try:
+        render(tokenizer, prompt_style(config.synthesize.prompt_style), ["Name a fruit."])
+        rendered(tokenizer, [{"role": "user", "content": "Name a fruit."}])
+    except (TemplateError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"the chat template of the teacher {config.teacher.model} cannot show it a prompt ({reason}): set another "
+            f"teacher.chat_template or synthesize.prompt_style (now {config.synthesize.prompt_style})"
+        ) from None
 
 
 def import_student(context: StageContext[AnySettings]) -> dict[str, Any]:

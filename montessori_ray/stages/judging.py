@@ -36,8 +36,8 @@ def commit_parts(context: StageContext, rows: Iterator[dict[str, Any]], total: i
             done += 1
             context.progress.update(done, total, unit=unit)
             if len(part) == ROWS_A_PART:
-                context.append(part)
-                part = []
+                whole, part = part, []  # an interrupt after it is written must not write it again
+                context.append(whole)
     finally:
         context.append(part)
 
@@ -99,9 +99,16 @@ def _in_pool(context: StageContext, settings: Judge, model: int) -> Ask:
         return Reply(sample.text, cut=sample.finish_reason == "length")
 
     def ask(conversations: Iterable[Conversation]) -> Iterator[Reply]:
-        return in_order(answer, conversations, concurrency=settings.concurrency)
+        return in_order(answer, conversations, concurrency=concurrency_of(context))
 
     return ask
+
+
+def concurrency_of(context: StageContext) -> int:
+    """Requests in flight that fill every replica's batch, and a few to wait at the door. Of several samples each: as
+    many, since a request that waits for its longest sample leaves places free."""
+    pool = context.config.pool
+    return pool.replicas * (pool.max_num_seqs + 4)
 
 
 def rendered(tokenizer: Any, conversation: list[dict[str, str]]) -> str:

@@ -1,4 +1,4 @@
-"""Columns of the datasets of a run (docs/architecture.md)."""
+"""Columns of the datasets of a run."""
 
 import pyarrow as pa
 

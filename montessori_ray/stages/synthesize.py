@@ -20,7 +20,7 @@ from montessori_ray.artifacts.storage import rows_of
 from montessori_ray.config import Sampling
 from montessori_ray.errors import UserError
 from montessori_ray.stages.base import StageContext
-from montessori_ray.stages.judging import rendered
+from montessori_ray.stages.judging import concurrency_of, rendered
 from montessori_ray.stages.schemas import RESPONSES
 from montessori_ray.synthesis.client import GenerationRequest, PoolClient
 from montessori_ray.synthesis.instructions import KEPT, InstructionWriter
@@ -60,7 +60,7 @@ def synthesize_instructions(
             request_for(text, settings.instructions, settings.n, prompt.seed, style.stop)
             for prompt, text in zip(prompts, texts, strict=True)
         ]
-        for position, samples in context.pool.generate_all(requests, concurrency=concurrency_of(context, settings.n)):
+        for position, samples in context.pool.generate_all(requests, concurrency=concurrency_of(context)):
             raw_outputs = [sample.text for sample in samples]
             uncommitted += writer.judge(prompts[position], texts[position], raw_outputs, digest)
             if len(uncommitted) >= settings.commit_prompts * settings.n or position == len(prompts) - 1:
@@ -74,12 +74,6 @@ DRAINING = 3
 """Times as many parts are answered at once as would fill the pool: a part waits for its longest answer, and none begins
 in the place of those it has. Simulated, 256 sequences a replica, answers of 240 tokens on average and 1,024 at most:
 31 % of the pool is busy with as many parts as fill it, 84 % with three times as many."""
-
-
-def concurrency_of(context: StageContext, n: int) -> int:
-    """Requests in flight that fill every replica's batch, and a few to wait at the door."""
-    pool = context.config.pool
-    return pool.replicas * (max(1, pool.max_num_seqs // n) + 4)
 
 
 def request_for(text: str, sampling: Sampling, n: int, seed: int, stop: tuple[str, ...]) -> GenerationRequest:
@@ -200,7 +194,7 @@ def synthesize_candidates(context: StageContext) -> dict[str, Any]:
         for row, text in zip(todo, texts, strict=True)
     ]
     uncommitted: list[dict[str, Any]] = []
-    for number, samples in context.pool.generate_all(requests, concurrency=concurrency_of(context, count)):
+    for number, samples in context.pool.generate_all(requests, concurrency=concurrency_of(context)):
         uncommitted += [
             {
                 "example_id": f"{todo[number]['example_id']}-r{position}",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from montessori_ray.artifacts.run import Artifact
 from montessori_ray.stages.base import StageContext
-from montessori_ray.stages.judging import commit_parts, open_judge, rendered
-from montessori_ray.stages.synthesize import concurrency_of, request_for, seed_of
+from montessori_ray.stages.judging import commit_parts, concurrency_of, open_judge, rendered
+from montessori_ray.stages.synthesize import request_for, seed_of
 
 if TYPE_CHECKING:
     from montessori_ray.evaluation.judge import Pair
@@ -16,26 +15,22 @@ if TYPE_CHECKING:
 
 
 def answer_held_out(context: StageContext) -> dict[str, Any]:
-    """A student's answers to the held-out instructions, sampled as the teacher's responses are, as far as its context
-    has room for them; continues in order.
+    """A student's answers to the held-out instructions, sampled as the teacher's responses are; continues in order.
 
     Inputs: held-out rows and the student, which the pool hosts.
     """
-    from montessori_ray.training.chat import context_of, load_tokenizer  # late: see stages/__init__.py
+    from montessori_ray.training.chat import load_tokenizer  # late: see stages/__init__.py
 
     config, rows = context.config, list(context.input(0).rows(["example_id", "instruction"]))
     tokenizer = load_tokenizer(context.model(1), config.student.chat_template)
     todo = rows[len(context.output.column("example_id")) :]
-    context_tokens = context_of(context.model(1), config.pool.max_model_len)
 
     def request(row: dict[str, Any]) -> GenerationRequest:
         text = rendered(tokenizer, [{"role": "user", "content": row["instruction"]}])
-        asked = request_for(text, config.synthesize.responses, 1, seed_of(row["example_id"], config.seed), ())
-        room = context_tokens - len(tokenizer.encode(text, add_special_tokens=False))
-        return replace(asked, max_tokens=max(1, min(asked.max_tokens, room)))
+        return request_for(text, config.synthesize.responses, 1, seed_of(row["example_id"], config.seed), ())
 
     requests = map(request, todo)
-    samples = context.pool.generate_all(requests, concurrency=concurrency_of(context, 1))
+    samples = context.pool.generate_all(requests, concurrency=concurrency_of(context))
     answers = (
         todo[number]
         | {"response": sample.text.strip(), "finish_reason": sample.finish_reason, "num_tokens": sample.num_tokens}

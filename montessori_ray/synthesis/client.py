@@ -52,7 +52,7 @@ class GenerationRequest:
     top_p: float
     presence_penalty: float
     max_tokens: int
-    """Longest sample, tokens; prompt and sample must fit the engine's context."""
+    """Longest sample, tokens; shorter where the engine's context ends."""
     stop: tuple[str, ...] = ()
     """Texts that end a sample; they are part of it. Where there are any, only they do: no token that ends the model's
     turn is sampled, what else it would write has that token's probability."""
@@ -93,7 +93,7 @@ class PoolClient:
         """The `n` samples of a request, in sample order.
 
         Raises:
-            ModelError: prompt and `max_tokens` do not fit the engine's context.
+            ModelError: the prompt leaves no room in the engine's context.
             ResourceError: no model is hosted, no replica came back in time, or every replica that got the request died.
         """
         for attempt in range(self._max_retries + 1):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,18 +68,19 @@ class TeacherEngine:
         self._turn_ends = ending.all_stop_token_ids
 
     async def generate(self, request: GenerationRequest) -> list[Sample]:
-        """The `n` samples of a request, in sample order.
+        """The `n` samples of a request, in sample order, cut where the context ends.
 
-        Raises ModelError when prompt and `max_tokens` do not fit the context.
+        Raises ModelError when the prompt leaves no room in it.
         """
         # vLLM would add a second beginning-of-sequence token to a text prompt.
         token_ids = self._tokenizer.encode(self._rendered(request), add_special_tokens=False)
-        if len(token_ids) + request.max_tokens > self._max_model_len:
+        room = self._max_model_len - len(token_ids)
+        if room < 1:
             raise ModelError(
-                f"a prompt of {len(token_ids)} tokens and an answer of up to {request.max_tokens} do not fit the "
-                f"model's context of {self._max_model_len} tokens: raise pool.max_model_len, or use shorter prompts "
-                "or a smaller max_tokens"
+                f"a prompt of {len(token_ids)} tokens does not fit the context of {self._max_model_len} tokens: raise "
+                "pool.max_model_len, take a model with a longer context, or use shorter prompts"
             )
+        request = replace(request, max_tokens=min(request.max_tokens, room))
         try:
             final = await self._final_output(token_ids, _sampling_params(request, self._turn_ends))
         except EngineDeadError:
@@ -150,6 +152,8 @@ def _engine_arguments(model_dir: str, pool: Pool) -> dict[str, Any]:
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(pool.max_model_len, pool.max_num_seqs, 4096),
         }
+    if 0 < pool.worker.gpus < 1:  # vLLM wants its share free of the whole GPU, whatever the cache takes
+        arguments["gpu_memory_utilization"] = 0.9 * pool.worker.gpus
     if kv_cache_gb is not None:
         arguments["kv_cache_memory_bytes"] = int(kv_cache_gb * _GIB)
     return arguments | pool.engine

@@ -67,6 +67,7 @@ class InstructionWriter:
         self._next = 0
         self._round_end = 0
         self.statuses: Counter[str] = Counter()
+        self._before_rounds: list[Counter[str]] = []
 
     @property
     def num_kept(self) -> int:
@@ -135,13 +136,20 @@ class InstructionWriter:
         self._shown = list(self._kept)
 
     def _refuse_hopeless(self) -> None:
-        samples = self.statuses.total()
-        if samples >= MIN_JUDGED and self.num_kept < (1 - self._settings.max_rejected) * samples:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in self.statuses.most_common() if reason != KEPT)
+        """By the last rounds: a teacher that has nothing new to say would else take ten times as long to be noticed."""
+        self._before_rounds.append(self.statuses.copy())
+        for before in reversed(self._before_rounds):
+            judged = self.statuses - before
+            if judged.total() >= MIN_JUDGED:
+                break
+        else:
+            return
+        if judged[KEPT] < (1 - self._settings.max_rejected) * judged.total():
+            reasons = ", ".join(f"{count} {reason}" for reason, count in judged.most_common() if reason != KEPT)
             raise DataError(
-                f"{samples - self.num_kept} of {samples} samples were rejected ({reasons}), above "
-                "synthesize.max_rejected: a small teacher needs synthesize.prompt_style=prefill, many duplicates need "
-                "more seeds or a higher temperature, and bad_start is what does not begin with an ASCII letter or "
+                f"{judged.total() - judged[KEPT]} of the last {judged.total()} samples were rejected ({reasons}), "
+                "above synthesize.max_rejected: a small teacher needs synthesize.prompt_style=prefill, many duplicates "
+                "need more seeds or a higher temperature, and bad_start is what does not begin with an ASCII letter or "
                 "digit, as in many languages, which the paper's filters reject"
             )
 

@@ -115,6 +115,10 @@ class TeacherPool:
         self._hosted = model_dir
         return True
 
+    def is_left_over(self) -> bool:
+        """Whether the replicas of an earlier driver, which was killed, still hold resources."""
+        return self._hosted is None and self._name in serve.status().applications
+
     def client(self) -> PoolClient:
         """A client of this pool; it stays valid when the pool hosts another model."""
         return PoolClient(self._name, max_retries=self._config.max_retries, patience_s=self._config.start_timeout_s)
@@ -128,12 +132,13 @@ class TeacherPool:
     def _wait_until_healthy(self, model_dir: str) -> None:
         deadline = time.monotonic() + self._config.start_timeout_s
         while (application := serve.status().applications[self._name]).status != ApplicationStatus.RUNNING:
-            if application.status == ApplicationStatus.DEPLOY_FAILED:
+            failed = application.status == ApplicationStatus.DEPLOY_FAILED  # never where one replica runs
+            if failed or time.monotonic() > deadline:
                 message = _failure(application)
                 if refused := re.search(r"montessori_ray\.errors\.ModelError: (.+)", message):
                     raise ModelError(refused[1])
-                raise ResourceError(f"the teacher pool could not be started on {model_dir}: {message}")
-            if time.monotonic() > deadline:
+                if failed:
+                    raise ResourceError(f"the teacher pool could not be started on {model_dir}: {message}")
                 raise ResourceError(self._too_slow(model_dir))
             time.sleep(_POLL_S)
 

@@ -46,7 +46,7 @@ from montessori_ray.errors import DataError
 from montessori_ray.preferences import Pair, split_by_prompt
 from montessori_ray.telemetry.progress import ProgressChannel
 from montessori_ray.training.chat import end_of_turn, open_tokenizer, token_ids
-from montessori_ray.training.ray_train import run_training
+from montessori_ray.training.ray_train import TrainingFailed, run_training
 from montessori_ray.training.student_state import keep_processors, save_weights
 
 GENERATION_CONFIG = "generation_config.json"
@@ -133,6 +133,7 @@ def dpo_loop(settings: dict[str, Any]) -> dict[str, Any]:
     """
     told: DpoSettings = settings["dpo"]
     score_completions_only()
+    torch.set_autocast_cache_enabled(False)  # see sft_loop.train
     # Ray Train has initialized torch.distributed; DeepSpeed must know before a ZeRO 3 model counts ranks as it loads.
     deepspeed.init_distributed()
     tokenizer = open_tokenizer(told.model)
@@ -344,7 +345,7 @@ def training_arguments(tuning: TuneTeacher, folder: str, seed: int, *, num_pairs
         gradient_accumulation_steps=accumulation,
         num_train_epochs=tuning.epochs,
         # AdamW, and a rate that rises, stays, and falls to zero
-        optim="adamw_torch",
+        optim="adamw_torch_fused",  # see `training.engine`
         learning_rate=optimizer.learning_rate,
         weight_decay=optimizer.weight_decay,
         adam_beta1=optimizer.betas[0],
@@ -363,6 +364,7 @@ def training_arguments(tuning: TuneTeacher, folder: str, seed: int, *, num_pairs
         save_strategy="steps",
         save_steps=tuning.checkpoint_steps,
         logging_steps=1,
+        logging_nan_inf_filter=False,
         report_to=[],
         disable_tqdm=True,
     )
@@ -414,8 +416,19 @@ class Reporter(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Metrics of one step."""
-        if state.is_world_process_zero and logs and "rewards/margins" in logs:
+        """Metrics of one step, the same on all ranks.
+
+        Raises:
+            TrainingFailed: the rewards are not finite.
+        """
+        if not logs or "rewards/margins" not in logs:
+            return
+        if not math.isfinite(logs["rewards/margins"]):
+            raise TrainingFailed(
+                f"at step {state.global_step} the reward margin of the pairs became {logs['rewards/margins']}: lower "
+                "tune_teacher.optimizer.learning_rate"
+            )
+        if state.is_world_process_zero:
             self.progress.update(
                 state.global_step,
                 state.max_steps,
@@ -424,6 +437,10 @@ class Reporter(TrainerCallback):
                 reward_margin=logs["rewards/margins"],
                 reward_accuracy=logs["rewards/accuracies"],
             )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """No checkpoint of the last step: the teacher itself is saved next."""
+        control.should_save &= state.global_step < state.max_steps
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Each rank reports its own files; Ray Train merges them."""

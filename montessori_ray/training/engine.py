@@ -19,6 +19,10 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from montessori_ray.training.adapters import has_adapter, train_adapter
 
+# On CPUs DeepSpeed would load an operator for tensor-parallel inference, behind a file lock that a process killed
+# meanwhile leaves to all later ones, which wait for it without an end or a word.
+deepspeed.ops.__compatible_ops__ = {}
+
 
 class AdamWSettings(Protocol):
     """What the config's `Optimizer` and a warmed student's `AdamW` have in common."""

@@ -61,6 +61,7 @@ def train(job: FineTuning) -> dict[str, Any]:
     """This rank's whole training; what it returns is described at `sft.fine_tune`."""
     training = job.training
     started = time.monotonic()
+    torch.set_autocast_cache_enabled(False)  # it would keep every weight's bfloat16 copy to the end of a pass
     chat = ChatFormat.load(job.model, job.chat_template, job.max_length)
     table = read_examples(job.rows)
     steps_an_epoch = math.ceil(len(table) / training.batch_size)
@@ -248,7 +249,8 @@ def advance(counters: Counters, batch: Sequence[Encoded], loss: float, seconds: 
 def report_checkpoint(engine: Any, counters: Counters) -> None:
     """Hand the engine's state and the counters to Ray Train; every rank gives the part it holds."""
     with tempfile.TemporaryDirectory() as folder:
-        engine.save_checkpoint(folder, tag=CHECKPOINT_TAG, client_state={"counters": asdict(counters)})
+        state = {"counters": asdict(counters)}
+        engine.save_checkpoint(folder, tag=CHECKPOINT_TAG, client_state=state, exclude_frozen_parameters=True)
         checkpoint = ray.train.Checkpoint.from_directory(folder)
         ray.train.report({"step": counters.step, "loss": counters.loss_last}, checkpoint=checkpoint)
 
@@ -259,7 +261,8 @@ def restore_checkpoint(engine: Any) -> Counters:
     if checkpoint is None:
         return Counters()
     with checkpoint.as_directory() as folder:
-        _, client_state = engine.load_checkpoint(folder, tag=CHECKPOINT_TAG)
+        # Not strict: what an adapter sits on is in no checkpoint.
+        _, client_state = engine.load_checkpoint(folder, tag=CHECKPOINT_TAG, load_module_strict=False)
     return Counters(**client_state["counters"])
 
 

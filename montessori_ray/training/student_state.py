@@ -20,6 +20,7 @@ from torch.nn import Parameter
 
 from montessori_ray.influence.update import OPTIMIZER_JSON, AdamW
 from montessori_ray.models import OPTIMIZER_TENSORS
+from montessori_ray.training.adapters import on_adapter
 from montessori_ray.training.engine import AdamWSettings
 
 
@@ -37,7 +38,7 @@ def save_weights(engine: Any, model: Any, tokenizer: Any, output: Path) -> None:
     def weight(parameter: Parameter) -> Tensor:
         return parameter.detach() if whole_here else safe_get_full_fp32_param(parameter)
 
-    state = _gather(model, weight)
+    state = _gather(model, weight, trained=on_adapter(model))  # at stage 3 frozen weights cannot be read
     if dist.get_rank() == 0:
         parameters = {name for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Parameter)}
         state |= {name: value for name, value in model.state_dict().items() if name not in parameters}

@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
-from itertools import groupby
+from itertools import count, groupby
 from typing import Any
 
 import pytest
@@ -255,11 +255,25 @@ def test_rows_that_another_setting_made_are_noticed() -> None:
 def test_a_hopeless_teacher_ends_with_an_error_that_counts_the_reasons() -> None:
     writer = make_writer(target=1000, prompts_per_round=MIN_JUDGED // 4)
     with pytest.raises(
-        DataError, match=rf"{MIN_JUDGED} of {MIN_JUDGED} samples were rejected \(200 unparsed\)"
+        DataError, match=rf"{MIN_JUDGED} of the last {MIN_JUDGED} samples were rejected \(200 unparsed\)"
     ) as caught:
         list(write(writer, hopeless_teacher))
     assert "synthesize.prompt_style=prefill" in str(caught.value)
     assert "synthesize.max_rejected" in str(caught.value)
+
+
+def test_a_teacher_that_has_nothing_new_to_say_is_noticed_soon() -> None:
+    """Not when its duplicates outnumber all it wrote before."""
+
+    asked = count()
+
+    def exhausted(seed: int) -> str:
+        return perfect_teacher(seed) if next(asked) < 600 else hopeless_teacher(seed)
+
+    writer = make_writer(target=1000, prompts_per_round=MIN_JUDGED // 4)
+    with pytest.raises(DataError, match=rf"of the last {MIN_JUDGED} samples were rejected"):
+        list(write(writer, exhausted))
+    assert writer.statuses.total() <= 600 + 2 * MIN_JUDGED
 
 
 def test_a_few_bad_samples_end_nothing() -> None:

@@ -298,12 +298,12 @@ def test_a_crowd_of_seeded_prompts_does_not_crash_the_engine(client: PoolClient)
 
 
 @pytest.mark.slow
-def test_a_prompt_fits_to_the_last_token_and_not_one_more(client: PoolClient) -> None:
-    room = CONTEXT - 8 - 1  # the prompt's own <s> is a token, and no second one is added
-    ((sample,),) = generate(client, request("y" * room, max_tokens=8))
-    assert sample.num_tokens <= 8
-    with pytest.raises(ModelError, match=rf"prompt of {room + 2} tokens .* context of {CONTEXT} tokens"):
-        generate(client, request("y" * (room + 1), max_tokens=8))
+def test_an_answer_ends_with_the_context_and_a_prompt_without_room_is_refused(client: PoolClient) -> None:
+    room = CONTEXT - 1  # the prompt's own <s> is a token, and no second one is added
+    ((sample,),) = generate(client, request("y" * (room - 2), max_tokens=8))
+    assert sample.num_tokens <= 2
+    with pytest.raises(ModelError, match=rf"prompt of {CONTEXT} tokens does not fit the context of {CONTEXT} tokens"):
+        generate(client, request("y" * room, max_tokens=8))
 
 
 @pytest.mark.slow
@@ -381,6 +381,31 @@ def test_vllms_own_reason_is_told(pool: TeacherPool, teachers: tuple[str, str]) 
     starved = TeacherPool(POOL.model_copy(update={"kv_cache_gb": 0.0005}), name="starved")
     with pytest.raises(ModelError, match=r"could not start on .* ValueError: .* KV cache"):
         starved.host(teachers[0])
+
+
+@pytest.mark.slow
+def test_the_next_driver_finds_the_replicas_of_one_that_was_killed(
+    pool: TeacherPool, teachers: tuple[str, str]
+) -> None:
+    pool.host(teachers[0])
+    next_drivers = TeacherPool(POOL, name=pool._name)
+    assert next_drivers.is_left_over()
+    assert not pool.is_left_over()
+    next_drivers.release()
+    assert not next_drivers.is_left_over()
+    assert ray.available_resources()["CPU"] == 2
+
+
+@pytest.mark.slow
+def test_a_shared_gpu_is_shared(teachers: tuple[str, str]) -> None:
+    from montessori_ray.synthesis.engine import _engine_arguments
+
+    shares = {
+        gpus: _engine_arguments(teachers[0], POOL.model_copy(update={"worker": WorkerResources(gpus=gpus)}))
+        for gpus in (0.5, 1)
+    }
+    assert shares[0.5]["gpu_memory_utilization"] == 0.45
+    assert "gpu_memory_utilization" not in shares[1]
 
 
 @pytest.mark.slow

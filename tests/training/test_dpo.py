@@ -30,6 +30,7 @@ from montessori_ray.errors import DataError
 from montessori_ray.preferences import split_by_prompt
 from montessori_ray.telemetry.progress import ProgressChannel
 from montessori_ray.training import dpo
+from montessori_ray.training.ray_train import TrainingFailed
 
 WORDS = [f"w{number}" for number in range(40)]
 SPECIAL = ["<s>", "<user>", "<assistant>", "<end>", "<eos>"]
@@ -282,6 +283,17 @@ def test_rewards_against_the_original_teacher(teacher: Path, moved: Path, tmp_pa
     batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]])
     expected = -F.logsigmoid(chosen - rejected)[:2].mean()
     assert trainer.compute_loss(policy, batch).item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+@pytest.mark.usefixtures("trl_left_as_it_was")
+def test_a_tuning_that_diverges_is_no_teacher(teacher: Path, tmp_path: Path) -> None:
+    """The trainer's log would replace such a loss by zero."""
+    optimizer = DpoOptimizer(learning_rate=1e30, max_grad_norm=1.0, weight_decay=0.1)
+    tuning = TUNING.model_copy(update={"optimizer": optimizer, "checkpoint_steps": 1000})
+    trainer, _, _ = trainer_on_pairs(teacher, tmp_path, tuning)
+    trainer.add_callback(dpo.Reporter(ProgressChannel("tune_teacher", None)))
+    with pytest.raises(TrainingFailed, match=r"at step \d+ the reward margin of the pairs became nan: lower"):
+        trainer.train()
 
 
 @pytest.mark.usefixtures("trl_left_as_it_was")
