@@ -262,8 +262,8 @@ class Synthesize(Section):
     n: Count = 4
     """Instructions sampled from one few-shot prompt; pairs are built among them (paper: 4)."""
     prompts_per_round: Count = 256
-    """Few-shot prompts sent before their instructions may serve as shots of later prompts. A round ends when its longest
-    sample does: a pool is kept busy by rounds of twice `pool.replicas * pool.max_num_seqs / n` prompts or more."""
+    """Few-shot prompts sent before their instructions may serve as shots of later ones. A round ends with its longest
+    sample: a pool is kept busy by rounds of twice `pool.replicas * pool.max_num_seqs / n` prompts or more."""
     commit_prompts: Count = 8
     """Few-shot prompts whose samples are committed together; a kill loses at most these and the ones in flight."""
     max_rejected: Fraction = 0.95

@@ -47,6 +47,7 @@ from montessori_ray.preferences import Pair, split_by_prompt
 from montessori_ray.telemetry.progress import ProgressChannel
 from montessori_ray.training.chat import end_of_turn, open_tokenizer, token_ids
 from montessori_ray.training.ray_train import TrainingFailed, run_training
+from montessori_ray.training.sft_loop import learning_rate_at
 from montessori_ray.training.student_state import keep_processors, save_weights
 
 GENERATION_CONFIG = "generation_config.json"
@@ -142,7 +143,7 @@ def dpo_loop(settings: dict[str, Any]) -> dict[str, Any]:
     training, evaluation = split_by_prompt(kept, told.tuning.eval_fraction, told.seed)
     with TemporaryDirectory() as folder:
         # Before the model: with ZeRO 3 the arguments decide how it is loaded.
-        arguments = training_arguments(told.tuning, folder, told.seed, num_pairs=len(training))
+        arguments = training_arguments(told.tuning, folder, told.seed)
         steps = num_steps(told.tuning, len(training))
         told.progress.update(0, steps, unit="steps", note="log-probabilities by the reference policy")
         trainer = TeacherTrainer(
@@ -153,6 +154,7 @@ def dpo_loop(settings: dict[str, Any]) -> dict[str, Any]:
             eval_dataset=tokenized(evaluation, tokenizer, append_eos=told.append_eos) if evaluation else None,
             processing_class=tokenizer,
             callbacks=[Reporter(told.progress)],
+            tuning=told.tuning,
         )
         trainer.remove_callback(PrinterCallback)
         train(trainer)
@@ -225,7 +227,8 @@ def tokenize_pair(tokenizer: PreTrainedTokenizerBase, pair: Pair, ending: list[i
 
 
 class TeacherTrainer(DPOTrainer):
-    """TRL's DPO trainer on rows that are token ids already, with exact reward metrics over a whole dataset.
+    """TRL's DPO trainer on rows that are token ids already, with exact reward metrics over a whole dataset and the
+    learning rates of fine-tuning, of which none is zero.
 
     The reference log-probabilities are computed once, before training, so no second model is kept, and held in memory
     on every rank: TRL's own way needs a folder that all ranks share.
@@ -234,7 +237,8 @@ class TeacherTrainer(DPOTrainer):
     before: dict[str, float]
     """`reward_metrics` of the untrained weights."""
 
-    def __init__(self, **arguments: Any) -> None:
+    def __init__(self, *, tuning: TuneTeacher, **arguments: Any) -> None:
+        self._tuning = tuning
         super().__init__(**arguments)
         self.before = self._metrics_before()
         # With ZeRO 3 the hooks of these engines would gather weights beside the training engine's own, by an order that
@@ -243,6 +247,19 @@ class TeacherTrainer(DPOTrainer):
         for engine in filter(None, engines):
             engine.destroy()
         self._precompute_engine = self.ref_model = None
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The rate after each number of steps: `sft_loop.learning_rate_at` the next one."""
+
+        def factor(steps: int) -> float:
+            rate = learning_rate_at(steps + 1, num_training_steps, self._tuning)
+            return rate / self._tuning.optimizer.learning_rate
+
+        stepped = cast("torch.optim.Optimizer", optimizer or self.optimizer)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(stepped, factor)
+        return self.lr_scheduler
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset
@@ -324,10 +341,9 @@ def pair_metrics(
     }
 
 
-def training_arguments(tuning: TuneTeacher, folder: str, seed: int, *, num_pairs: int) -> DPOConfig:
+def training_arguments(tuning: TuneTeacher, folder: str, seed: int) -> DPOConfig:
     """TRL's arguments for these settings; `folder` takes checkpoints until they are reported."""
     accumulation = tuning.batch_size // (tuning.micro_batch_size * tuning.workers)
-    steps = num_steps(tuning, num_pairs)
     optimizer = tuning.optimizer
     return DPOConfig(
         output_dir=folder,
@@ -344,7 +360,7 @@ def training_arguments(tuning: TuneTeacher, folder: str, seed: int, *, num_pairs
         per_device_eval_batch_size=tuning.micro_batch_size,
         gradient_accumulation_steps=accumulation,
         num_train_epochs=tuning.epochs,
-        # AdamW, and a rate that rises, stays, and falls to zero
+        # AdamW
         optim="adamw_torch_fused",  # see `training.engine`
         learning_rate=optimizer.learning_rate,
         weight_decay=optimizer.weight_decay,
@@ -352,9 +368,6 @@ def training_arguments(tuning: TuneTeacher, folder: str, seed: int, *, num_pairs
         adam_beta2=optimizer.betas[1],
         adam_epsilon=optimizer.eps,
         max_grad_norm=optimizer.max_grad_norm,
-        lr_scheduler_type="warmup_stable_decay",
-        warmup_steps=round(tuning.warmup_ratio * steps),
-        lr_scheduler_kwargs={"num_decay_steps": round(tuning.decay_ratio * steps), "min_lr_ratio": 0.0},
         # memory and precision
         gradient_checkpointing=tuning.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},

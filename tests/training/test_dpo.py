@@ -215,7 +215,7 @@ def trainer_on_pairs(
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     policy, reference = (dpo.load_teacher(folder) for folder in (teacher, original or teacher))
     rows = dpo.tokenized(PAIRS, tokenizer, append_eos=True)
-    arguments = dpo.training_arguments(tuning, str(folder), 0, num_pairs=len(PAIRS))
+    arguments = dpo.training_arguments(tuning, str(folder), 0)
     trainer = dpo.TeacherTrainer(
         model=policy,
         ref_model=None if original is None else dpo.load_teacher(original),
@@ -223,6 +223,7 @@ def trainer_on_pairs(
         train_dataset=rows,
         eval_dataset=rows,
         processing_class=tokenizer,
+        tuning=tuning,
     )
     return trainer, reference, rows
 
@@ -355,8 +356,8 @@ def plain_training(teacher: Path) -> tuple[dict[str, torch.Tensor], dict[str, fl
     ]
     adamw = torch.optim.AdamW(groups, lr=0.0)
     losses, margin = [], torch.tensor(0.0)
-    # Six steps: two that rise from zero, one at the peak, three that fall along a half cosine.
-    for factor in (0.0, 0.5, 1.0, 1.0, 0.75, 0.25):
+    # Six steps: two that rise, one at the peak, three that fall along a half cosine which ends after them.
+    for factor in (0.5, 1.0, 1.0, *(0.5 + 0.5 * math.cos(math.pi * step / 4) for step in (1, 2, 3))):
         chosen, rejected = plain_rewards(policy, reference, rows)
         margin = (chosen - rejected).mean()
         loss = -F.logsigmoid(chosen - rejected).mean()
