@@ -78,6 +78,13 @@ def test_every_kept_instruction_is_answered_once_wherever_a_session_stopped(
     assert context.output.column("example_id") == ["0-0", "0-1", "1-0", "3-0", "5-0"]
 
 
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    with connected(Cluster(num_cpus=1, dashboard=False, object_store_memory=100_000_000)):
+        yield
+
+
 class Refusing:
     """A client of the pool whose requests are all refused."""
 
@@ -85,14 +92,11 @@ class Refusing:
         raise ModelError("a prompt of 90 tokens does not fit: raise pool.max_model_len")
 
 
+@pytest.mark.usefixtures("cluster")
 def test_what_a_user_did_wrong_is_said_in_its_own_words(context: StageContext) -> None:
     """And not as a failed block of Ray Data's."""
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     refused = replace(context, client=cast("Any", Refusing()))
-    with (
-        connected(Cluster(num_cpus=1, dashboard=False, object_store_memory=100_000_000)),
-        pytest.raises(ModelError, match=r"^a prompt of 90 tokens does not fit: raise"),
-    ):
+    with pytest.raises(ModelError, match=r"^a prompt of 90 tokens does not fit: raise"):
         synthesize.synthesize_responses(refused)
 
 
@@ -109,10 +113,9 @@ class Slow:
         return [Sample(text=f"{request.prompt} {self.under_way}", finish_reason="stop", num_tokens=2)]
 
 
+@pytest.mark.usefixtures("cluster")
 def test_parts_are_answered_side_by_side_and_come_in_order(context: StageContext) -> None:
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    with connected(Cluster(num_cpus=1, dashboard=False, object_store_memory=100_000_000)):
-        synthesize.synthesize_responses(replace(context, client=cast("Any", Slow())))
+    synthesize.synthesize_responses(replace(context, client=cast("Any", Slow())))
     rows = list(context.output.rows())
     assert [row["example_id"] for row in rows] == ["0-0", "0-1", "1-0", "3-0", "5-0"]
     assert len(context.output.parts()) == 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -40,8 +40,9 @@ def serving(
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(encoded.encode())))
-            self.end_headers()
-            self.wfile.write(encoded.encode())
+            with suppress(BrokenPipeError, ConnectionResetError):  # a client that has stopped asking
+                self.end_headers()
+                self.wfile.write(encoded.encode())
 
         def log_message(self, *_: object) -> None:
             """Nothing: tests print what matters."""
