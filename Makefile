@@ -14,7 +14,7 @@ quickstart: setup ## one whole Montessori-Instruct iteration on a real model; th
 	@.venv/bin/python jobs/full_loop.py --config configs/quickstart$(if $(filter cuda,$(LOCK)),_gpu).yaml
 
 test: setup ## tests in under 15 minutes on 2 cores, one small loop on the real model among them
-	.venv/bin/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow" -n 2 --dist worksteal
 	.venv/bin/python -m pytest -m "slow and loop"
 
 test-slow: setup ## kill and resume, several nodes, in half an hour on 2 cores
