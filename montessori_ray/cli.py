@@ -40,6 +40,7 @@ from montessori_ray.telemetry.console import (
     stage_entry,
     stage_table,
     terminal,
+    with_error,
 )
 from montessori_ray.telemetry.events import read_events
 from montessori_ray.telemetry.progress import Progress
@@ -192,14 +193,16 @@ def status(directory: Annotated[str, typer.Argument(metavar="RUN", help="the run
     terminal().print(stage_table([(stage, manifest) for stage, manifest in listed if manifest]))
     todo = [stage.name for stage, manifest in listed if manifest is None]
     typer.echo(f"{len(listed) - len(todo)} of {len(listed)} stages done" + (f", next {todo[0]}" if todo else ""))
-    latest = None
+    latest, began = None, 0.0
     for event in read_events(artifacts.storage):
+        if event["event"] == "stage_started":
+            began = event["time"]
         if event["event"] in ("progress", "session_ended", "stage_finished"):
             latest = event
     if latest and latest["event"] == "progress":
         progress = Progress(**{name: latest[name] for name in ("done", "total", "unit", "note")})
-        ago = time.time() - latest["time"]
-        typer.echo(f"{latest['stage']}: {say_progress(progress, latest['rate'], ago)} ({clock(ago)} ago)")
+        said = say_progress(progress, latest["rate"], latest["time"] - began)
+        typer.echo(f"{latest['stage']}: {said} ({clock(time.time() - latest['time'])} ago)")
 
 
 def _read_run(directory: str) -> tuple[Run, AnySettings, list[Stage]]:
@@ -323,7 +326,7 @@ def mt_bench(
     asked, answered = read_questions(questions), read_answers(answers)
     found = grade_to_file(asked, answered, ChatEndpoint(settings), output, judge=settings.model)
     for name, value in {"all": found["score"], **found["turns"], **found["categories"]}.items():
-        typer.echo(f"{f'turn {name}' if name in found['turns'] else name:<12} {value['mean']:.2f} ± {value['se']:.2f}")
+        typer.echo(f"{f'turn {name}' if name in found['turns'] else name:<12} {with_error(value, '.2f', '.2f')}")
     typer.echo(f"{found['graded']} answers graded, {found['without_rating']} without a rating: {output}")
 
 

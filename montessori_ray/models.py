@@ -78,6 +78,11 @@ def resolve_model(model: str, cache: Path | None = None) -> Path:
     return _download(model)
 
 
+def hub_name(model: str) -> str | None:
+    """A model's name where `resolve_model` takes it from the Hub: it is neither embedded nor a folder here."""
+    return None if model.startswith(EMBEDDED) or Path(model).expanduser().is_dir() else model
+
+
 def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(CONTENT)))

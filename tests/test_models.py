@@ -23,7 +23,9 @@ from transformers import (
 from montessori_ray.config import Lora
 from montessori_ray.errors import ModelError
 from montessori_ray.models import (
+    SMOLLM2,
     check_model,
+    hub_name,
     join_adapter,
     model_digest,
     num_weights,
@@ -234,6 +236,13 @@ def test_names_that_lead_nowhere(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelError, match="cannot be had from the Hugging Face Hub"):
         resolve_model("not a/valid name")
+
+
+def test_what_lies_here_has_no_name_on_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "models" / "student").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert [hub_name(model) for model in (SMOLLM2, str(tmp_path), "models/student")] == [None] * 3
+    assert hub_name("meta-llama/Meta-Llama-3-8B") == "meta-llama/Meta-Llama-3-8B"
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from itertools import tee
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -245,13 +246,13 @@ def _by(rows: Sequence[Mapping[str, Any]], column: str) -> dict[str, Any]:
     return {str(value): _mean_rating([row for row in rows if row[column] == value]) for value in values}
 
 
-def _mean_rating(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """With its standard error over questions: the two answers to one are not independent."""
+def _mean_rating(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """With its standard error over questions, if there are several: the two answers to one are not independent."""
     by_question: dict[Any, list[float]] = {}
     for row in rows:
         by_question.setdefault(row["question_id"], []).append(row["rating"])
     found = grouped_mean(list(by_question.values()))
-    return {"mean": found.mean, "se": found.se}
+    return {"mean": found.mean, "se": found.se if isfinite(found.se) else None}
 
 
 def _dialogue(question: Question, said: Sequence[str]) -> Conversation:

@@ -9,7 +9,7 @@ Arrays carry their shape as a suffix: T tuning seeds, S student seeds, R rows, t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import hypot, sqrt
+from math import hypot, nan, sqrt
 from statistics import fmean, stdev
 from typing import NamedTuple
 
@@ -33,8 +33,8 @@ _CELLS_AT_ONCE = 10_000_000
 
 
 def mean_se(values: Sequence[float]) -> dict[str, float]:
-    """`mean` of the values and its standard error `se`, 0 for a single one."""
-    return {"mean": fmean(values), "se": stdev(values) / sqrt(len(values)) if len(values) > 1 else 0.0}
+    """`mean` of the values and its standard error `se`, NaN for a single one."""
+    return {"mean": fmean(values), "se": stdev(values) / sqrt(len(values)) if len(values) > 1 else nan}
 
 
 class Interval(NamedTuple):
@@ -46,7 +46,7 @@ class Interval(NamedTuple):
     high: float
     """Upper end of the 95 % interval."""
     se: float
-    """Standard error of the mean."""
+    """Standard error of the mean; NaN where it is not known."""
 
 
 def paired_difference(first: ArrayLike, second: ArrayLike) -> Interval:
@@ -84,7 +84,7 @@ def paired_difference(first: ArrayLike, second: ArrayLike) -> Interval:
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """Mean of values taken as independent, by Student's t; a single value has an interval of no width.
+    """Mean of values taken as independent, by Student's t; one value has no known error and an interval of no width.
 
     For numbers of one run on its own, of which there may be a handful: with so few the bootstrap is too narrow.
     """
@@ -100,7 +100,9 @@ def grouped_mean(groups: Sequence[Sequence[float]]) -> Interval:
     values = [value for group in groups for value in group]
     mean, num_groups = fmean(values), len(groups)
     sums = [sum(value - mean for value in group) for group in groups]
-    if num_groups < 2 or not any(sums):
+    if num_groups < 2:
+        return Interval(mean, mean, mean, nan)
+    if not any(sums):
         return Interval(mean, mean, mean, 0.0)
     se = sqrt(num_groups / (num_groups - 1) * sum(total**2 for total in sums)) / len(values)
     return _t_interval(mean, se, num_groups - 1)

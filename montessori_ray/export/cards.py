@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -48,12 +47,16 @@ def dataset_card(
             f'rows = load_dataset("{{this folder or repository}}", "{kinds[0]}")\n```',
             "## Configs",
             _table(
-                ("config", "split", "rows", "what a row is"),
-                [(split.kind.config, split.split, f"{split.rows:,}", split.kind.about) for split in splits],
+                ("config", "split", "rows", "artifact", "what a row is"),
+                [
+                    (split.kind.config, split.split, f"{split.rows:,}", f"`{split.artifact}`", split.kind.about)
+                    for split in splits
+                ],
             ),
             "Columns: "
             + "; ".join(f"`{kind}`: {', '.join(_columns(splits, kind))}" for kind in kinds)
-            + ". All tables join on `example_id` and `prompt_id`.",
+            + ". Tables made in one place of the run join on `example_id` and `prompt_id`, pairs by `chosen_id` and "
+            "`rejected_id`; other places may use the same ids for other texts.",
             *([f"Models made in the same run: {', '.join(models)}."] if models else []),
             "## Provenance",
             "Digests are SHA-256 over a run's files; `provenance.json` has them in full, with every setting.",
@@ -116,12 +119,6 @@ def model_card(name: str, what: str, base_model: str | None, manifest: Manifest)
     )
 
 
-def hub_name(model: str) -> str | None:
-    """A model's name where it is one on the Hub: not a folder here, not an embedded one."""
-    looks_local = model.startswith((".", "/", "~", "embedded:")) or model.count("/") != 1 or Path(model).exists()
-    return None if looks_local else model
-
-
 def _who(config: AnySettings) -> str:
     student = f"`{config.student.model}`"
     if config.student.drop_layers:
@@ -130,7 +127,14 @@ def _who(config: AnySettings) -> str:
     if not isinstance(config, Config):
         return f"Scored for the student {student}. {scored}"
     iterations = f"{config.iterations} iteration" + ("s" if config.iterations > 1 else "")
-    return f"Teacher `{config.teacher.model}`, student {student}, {iterations}. {scored}"
+    said = f"Teacher `{config.teacher.model}`, student {student}, {iterations}. {scored}"
+    if config.compare is None:
+        return said
+    arms = ", ".join(f"`{name}`" for name in config.compare.arms)
+    return (
+        f"{said} A comparison of the arms {arms}: what a split without an arm's name holds was made once for all arms "
+        "that need it, as the artifacts of the provenance say."
+    )
 
 
 def _columns(splits: Sequence[Split], config: str) -> list[str]:

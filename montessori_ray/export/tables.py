@@ -29,7 +29,7 @@ class Kind:
 
 
 KINDS = {
-    "training_set": Kind(config="training_set", about="What the student was trained on at the end."),
+    "training_set": Kind(config="training_set", about="What a student was trained on at the end."),
     "responses": Kind(config="examples", about="Every kept instruction with the teacher's response."),
     "instructions": Kind(
         config="samples",
@@ -72,22 +72,26 @@ class Split:
     columns: list[str]
 
 
-SINGLE = ("score", "final/training_set", "final/score_fresh", "compare/score_fresh")
-"""Stages of which a run has one."""
+SINGLE = ("score", "compare/score_fresh")
+"""Stages of which any run has one."""
+SINGLE_OF_LOOP = ("final/training_set", "final/score_fresh")
+"""Stages of which a loop by itself has one; in a comparison they are one arm's."""
 
 
-def split_of(stage: Stage) -> str:
+def split_of(stage: Stage, *, compared: bool) -> str:
     """`iteration_00`, `final`, `random_tuning_0_final` for an arm of a comparison, `loop_1_random_tuning_1_final` of
     another independent loop; `train` for a stage of its own."""
     folders = [folder for folder in stage.name.split("/")[:-1] if folder != "arms"]
-    return "train" if stage.name in SINGLE else "_".join(folders)
+    single = stage.name in SINGLE or (stage.name in SINGLE_OF_LOOP and not compared)
+    return "train" if single else "_".join(folders)
 
 
-def write_split(run: Run, stage: Stage, folder: Path) -> Split:
+def write_split(run: Run, stage: Stage, folder: Path, *, compared: bool) -> Split:
     """Write the rows of a finished stage under `folder`, streamed but for the texts put beside scores."""
     kind = KINDS[stage.kind]
     artifact = run.artifact(stage.output)
-    path = f"data/{kind.config}/{split_of(stage)}.parquet"
+    split = split_of(stage, compared=compared)
+    path = f"data/{kind.config}/{split}.parquet"
     (folder / path).parent.mkdir(parents=True, exist_ok=True)
     texts = _texts(run, stage) if kind.texts else None
     rows, columns = 0, []
@@ -99,7 +103,7 @@ def write_split(run: Run, stage: Stage, folder: Path) -> Split:
         rows, columns = rows + table.num_rows, table.column_names
     assert writer is not None, f"{stage.output} has no rows"
     writer.close()
-    return Split(kind=kind, split=split_of(stage), artifact=stage.output, path=path, rows=rows, columns=columns)
+    return Split(kind=kind, split=split, artifact=stage.output, path=path, rows=rows, columns=columns)
 
 
 def _groups(artifact: Artifact) -> Iterator[pa.Table]:

@@ -11,7 +11,7 @@ from montessori_ray.artifacts.manifest import Manifest
 from montessori_ray.artifacts.run import BEGUN, LOCATION, MANIFEST, Run
 from montessori_ray.config import Config
 from montessori_ray.errors import RunError
-from montessori_ray.export.cards import dataset_card, hub_name, model_card
+from montessori_ray.export.cards import dataset_card, model_card
 from montessori_ray.export.tables import KINDS, Split, write_split
 from montessori_ray.outputs import new_folder, require_new
 from montessori_ray.stages.base import AnySettings, Stage
@@ -48,7 +48,8 @@ def export_run(run: Run, config: AnySettings, stages: list[Stage], output: Path,
     if not chosen:
         raise RunError(f"{run.root} has no dataset to export yet: `montessori status {run.root}` says where it stands")
     new_folder(output)
-    splits = [write_split(run, stage, output) for stage in chosen]
+    compared = isinstance(config, Config) and config.compare is not None
+    splits = [write_split(run, stage, output, compared=compared) for stage in chosen]
     copied = _copy_models(run, config, stages, manifests, output / MODELS) if models else []
     provenance = {name: manifest.model_dump(mode="json") for name, manifest in manifests.items()}
     (output / "provenance.json").write_text(json.dumps(provenance, indent=1), encoding="utf-8")
@@ -72,7 +73,9 @@ def _copy_models(
         name = stage.output.replace("/", "_")
         source = run.artifact(stage.output).model_path()
         shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns(BEGUN, MANIFEST, LOCATION))
-        card = model_card(name, _how(stage, stage.config or config), _base(stage, config), manifests[stage.output])
+        original = "inputs/teacher" if stage.kind == "tune_teacher" else "inputs/student"
+        base = manifests[original].details.get("hub")
+        card = model_card(name, _how(stage, stage.config or config), base, manifests[stage.output])
         (folder / name / CARD).write_text(card, encoding="utf-8")
         copied.append(name)
     return copied
@@ -89,18 +92,12 @@ def _how(stage: Stage, config: AnySettings) -> str:
     return f"A student, `{source}`, fine-tuned on what its teacher wrote, `{rows}`."
 
 
-def _base(stage: Stage, config: AnySettings) -> str | None:
-    """The model on the Hub that it descends from."""
-    assert isinstance(config, Config), "only the loop makes these models"
-    return hub_name(config.teacher.model if stage.kind == "tune_teacher" else config.student.model)
-
-
 def upload(exported: Exported, repository: str) -> list[str]:
     """Upload to the Hub, private: the datasets to `repository`, each model to `repository-NAME`; returns their URLs.
     A `repository` without an owner is the user's own.
 
     Raises:
-        RunError: the Hub did not take it; the export stays where it is.
+        RunError: the Hub did not take it, or a repository is there already and public; the export stays where it is.
     """
     from huggingface_hub import HfApi
 
@@ -111,11 +108,18 @@ def upload(exported: Exported, repository: str) -> list[str]:
     for number, (name, kind, folder) in enumerate(parts):
         try:
             made = api.create_repo(name, repo_type=kind, private=True, exist_ok=True)
+            if not api.repo_info(made.repo_id, repo_type=kind).private:  # one that is there stays as it is
+                raise RunError(
+                    f"{made.repo_id} is on the Hub already and public, so nothing was sent there: make it private in "
+                    f"its settings, or give another name; the export is complete in {exported.folder}"
+                )
             api.upload_folder(
                 repo_id=made.repo_id, repo_type=kind, folder_path=folder,
                 commit_message="Export of a montessori_ray run",
                 ignore_patterns=[f"{MODELS}/**"] if kind == "dataset" else None,
             )  # fmt: skip
+        except RunError:
+            raise
         except Exception as error:  # the client also lets errors of its HTTP library through
             left = " && ".join(_upload_command(*part) for part in parts[number:])
             raise RunError(

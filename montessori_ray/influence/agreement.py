@@ -16,7 +16,7 @@ def agreement(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Returns:
         points; noise: root mean square of the differences; spread: standard deviation of the rechecked influences;
         pearson, spearman (None below 3 points or without spread); same_sign: share of points; pairs: preference pairs
-        of the paper's rule among the rechecked influences, pairs_changed: pairs that only one of both gives.
+        of the paper's rule by either of both, pairs_changed: those by one alone.
     """
     scored = np.array([row["influence"] for row in rows])
     again = np.array([row["recheck_influence"] for row in rows])
@@ -28,7 +28,7 @@ def agreement(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "pearson": _correlation(scored, again),
         "spearman": _correlation(_ranks(scored), _ranks(again)),
         "same_sign": float(np.mean(np.sign(scored) == np.sign(again))),
-        "pairs": len(pairs_again),
+        "pairs": len(pairs | pairs_again),
         "pairs_changed": len(pairs ^ pairs_again),
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -27,6 +27,13 @@ SMALLEST = {"held_out_loss": 0.01} | dict.fromkeys(("fresh_influence", "fresh_in
 
 AS_THEY_ARE = ("arm", "measure", "category", "models", "value", "value_se", "count", "value_by_model", "share_helpful")
 """Columns of a measure's row that `Arm` has as fields."""
+
+
+OF_INSTRUCTIONS = ("self_rouge_l", "distinct_2", "sampled", "first_words", "effective_first_words", "words")
+"""Measures of instructions (`evaluation.diversity`) that `Data` has as fields."""
+
+FIRST_WORDS = 5
+"""First words that are told of each arm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +66,16 @@ class Data:
     duplicate_rate: float
     self_rouge_l: float | None
     """Of each teacher's instructions, the mean over teachers."""
+    distinct_2: float | None
+    """Different pairs of words as a share of all; likewise."""
     sampled: int
-    """Instructions of each teacher that it was measured on."""
+    """Instructions of each teacher that both were measured on, the same number in all arms."""
+    first_words: dict[str, float]
+    """The most frequent first words of instructions and their shares, most first."""
+    effective_first_words: float
+    """How many equally frequent ones would be as varied."""
+    words: float
+    """Of an instruction, on average."""
     answer_tokens: float
     kept: int
     """Fresh instructions that passed the filters."""
@@ -113,8 +128,7 @@ def arms(source: Source) -> Arms | None:
     data = [
         Data(
             arm=arm, parse_rate=told["fresh"]["parse_rate"], duplicate_rate=told["fresh"]["duplicate_rate"],
-            self_rouge_l=told["fresh"]["instructions"]["self_rouge_l"],
-            sampled=told["fresh"]["instructions"]["sampled"],
+            **{name: told["fresh"]["instructions"][name] for name in OF_INSTRUCTIONS},
             answer_tokens=told["fresh"]["responses"]["tokens"],
             kept=told["fresh"]["kept"], near_reference=told["fresh"]["overlap"]["reference"]["near"],
             near_held_out=told["fresh"]["overlap"]["held_out"]["near"],
@@ -126,7 +140,7 @@ def arms(source: Source) -> Arms | None:
     compared = source.config.compare
     assert compared is not None, "the result of a comparison"
     return Arms(
-        against=details["against"], independent=details.get("independent", False),
+        against=details["against"], independent=details["independent"],
         tuning_seeds=len(compared.tuning_seeds), student_seeds=len(compared.student_seeds),
         measures=measures, data=data,
     )  # fmt: skip
@@ -259,31 +273,42 @@ def _spread(arm: Arm, values: Scale) -> str:
 def _data(data: Sequence[Data]) -> Markup:
     rows = [
         (
-            named(arm.arm), f"{arm.parse_rate:.1%}", f"{arm.duplicate_rate:.1%}",
-            NONE if arm.self_rouge_l is None else f"{arm.self_rouge_l:.2f}", f"{arm.answer_tokens:.0f}",
+            named(arm.arm), f"{arm.parse_rate:.1%}", f"{arm.duplicate_rate:.1%}", f"{arm.answer_tokens:.0f}",
             f"{arm.near_reference:,} / {arm.near_held_out:,} of {arm.kept:,}",
             say_counts(arm.training_rows), say_counts(arm.training_tokens),
         )
         for arm in data
     ]  # fmt: skip
     heads = (
-        "arm", "parsed", "duplicates", "self-ROUGE-L", "tokens an answer", "near reference / held-out",
-        "training rows", "training tokens",
+        "arm", "parsed", "duplicates", "tokens an answer", "near reference / held-out", "training rows",
+        "training tokens",
     )  # fmt: skip
     note = (
-        f"What the teachers write afresh, and how much the students trained on. {_said_of_variety(data)} No set takes "
-        "in an example near a reference row, and no training set one near a held-out row; nothing else reads held-out "
-        "rows before the students are measured on them."
+        "What the teachers write afresh, and how much the students trained on. No set takes in an example near a "
+        "reference row, and no training set one near a held-out row; nothing else reads held-out rows before the "
+        "students are measured on them."
     )
-    return join([paragraph(note, kind="note"), table(heads, rows, numbers=range(1, len(heads)))])
+    return join([paragraph(note, kind="note"), table(heads, rows, numbers=range(1, len(heads))), _instructions(data)])
 
 
-def _said_of_variety(data: Sequence[Data]) -> str:
-    """What self-ROUGE-L is of; a result of an earlier version has it of all teachers' instructions together."""
-    said = say_counts([arm.sampled for arm in data])
-    if len({arm.sampled for arm in data}) > 1:
-        return f"Self-ROUGE-L is of samples of unequal size ({said} instructions): do not compare it between arms."
-    return (
-        f"Self-ROUGE-L, lower where instructions vary more, is of {said} instructions of each teacher, and the mean "
-        "over an arm's teachers."
+def _instructions(data: Sequence[Data]) -> Markup:
+    """What the teachers ask for, and how varied it is."""
+    rows = [
+        (
+            named(arm.arm), f"{arm.words:.0f}", *_shares(arm.self_rouge_l, arm.distinct_2),
+            f"{arm.effective_first_words:.0f}",
+            ", ".join(f"{word} {percent(share)}" for word, share in list(arm.first_words.items())[:FIRST_WORDS]),
+        )
+        for arm in data
+    ]  # fmt: skip
+    heads = ("arm", "words an instruction", "self-ROUGE-L", "distinct-2", "first words", "most frequent ones")
+    note = (
+        "What they ask for. Self-ROUGE-L is lower and distinct-2 (different pairs of words as a share of all) higher "
+        f"where instructions vary more; both are of {data[0].sampled:,} instructions of each teacher, and the mean "
+        "over an arm's teachers. First words are given as how many equally frequent ones would be as varied."
     )
+    return join([paragraph(note, kind="note"), table(heads, rows, numbers=range(1, len(heads) - 1))])
+
+
+def _shares(*values: float | None) -> Iterator[str]:
+    return (NONE if value is None else f"{value:.2f}" for value in values)

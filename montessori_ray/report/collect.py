@@ -109,7 +109,7 @@ def _what(source: Source) -> str:
         return f"{count(rows.get('inputs/examples') or 0, 'example')} for the student {student}{_scored(source)}."
     totals = {
         "examples written": _total(rows, "responses"),
-        "scored": _total(rows, "influence"),
+        "scored": sum(manifest.details["scored"] for _, manifest, _ in source.finished("score")),
         "preference pairs": _total(rows, "pairs"),
         "in the training set": _total(rows, "training_set"),
     }

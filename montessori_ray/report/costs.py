@@ -31,7 +31,9 @@ WORK = {
 
 OTHER = "data, models and pairs"
 OUTSIDE = "outside of stages"
-"""Starting the cluster and the teacher pool, and what lies between two stages."""
+"""Starting the cluster and the teacher pool, what lies between two stages, and stages that are not finished yet."""
+REMOVED = "work that was removed"
+"""What stages took whose output was removed since, to be made again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +96,7 @@ def costs(source: Source) -> Costs:
     session_seconds = sum(sessions) if sessions else None
     return Costs(
         stages=stages,
-        by_work=_by_work(stages, max(0.0, (session_seconds or 0.0) - stage_seconds)),
+        by_work=_by_work(stages, _removed(source), session_seconds),
         stage_seconds=stage_seconds,
         session_seconds=session_seconds,
         sessions=len(sessions),
@@ -106,13 +108,24 @@ def costs(source: Source) -> Costs:
     )
 
 
-def _by_work(stages: Sequence[Stage], outside: float) -> dict[str, float]:
+def _by_work(stages: Sequence[Stage], removed: float, session_seconds: float | None) -> dict[str, float]:
     seconds: dict[str, float] = {}
     for stage in stages:
         seconds[stage.work] = seconds.get(stage.work, 0.0) + stage.seconds
-    if outside >= 1:
-        seconds[OUTSIDE] = outside
+    outside = (session_seconds or 0.0) - sum(seconds.values()) - removed
+    seconds |= {name: spent for name, spent in ((REMOVED, removed), (OUTSIDE, outside)) if spent >= 1}
     return dict(sorted(seconds.items(), key=lambda entry: -entry[1]))
+
+
+def _removed(source: Source) -> float:
+    """Seconds of finished stages beyond those that their outputs know of."""
+    finished: dict[str, float] = {}
+    for event in source.events:
+        if event["event"] == "stage_finished":
+            finished[event["stage"]] = finished.get(event["stage"], 0.0) + event["seconds"]
+    known = source.manifests
+    kept = (min(seconds, known[name].seconds) if name in known else 0.0 for name, seconds in finished.items())
+    return sum(finished.values()) - sum(kept)
 
 
 def _sessions(source: Source) -> list[float]:

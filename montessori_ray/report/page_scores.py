@@ -68,10 +68,13 @@ def _histogram(entry: Influence, scale: Scale) -> Markup:
         caption += f" Bars are pale within the noise of a score, ± {said_noise}."
     elif noise:
         caption += f" The noise of a score, {said_noise}, is too little to be seen here."
+    low, high = (scale.number(value) for value in entry.extremes)
+    if entry.extremes[0] < entry.edges[0] or entry.extremes[1] > entry.edges[-1]:
+        caption += f" The outermost bars hold what lies beyond them too: scores go from {low} to {scale.in_unit(high)}."
     title = f"Influence, {_of(entry)}"
     plot = plots.histogram(
-        f"influence-{_id(entry)}", title, entry.edges, entry.counts, xlabel=INFLUENCE, ylabel="examples", scale=scale,
-        noise=noise, error=error,
+        f"influence-{_id(entry)}", title, entry.edges, entry.counts, xlabel=INFLUENCE, ylabel="examples",
+        extremes=entry.extremes, scale=scale, noise=noise, error=error,
     )  # fmt: skip
     return figure(title, plot, caption, keys)
 
@@ -89,7 +92,7 @@ def _agreements(measured: list[Influence]) -> Markup:
         "rank correlation",
         "correlation",
         "same sign",
-        "pairs by sign that would be others",
+        "pairs by sign that only one scoring gives",
     )
     return table(heads, rows, numbers=(1, 2, 3, 4, 5))
 

@@ -87,10 +87,8 @@ def forest(
     *,
     xlabel: str,
     scale: Scale | None = None,
-    zero: bool = True,
-    lower_helps: bool = True,
 ) -> Markup:
-    """Estimates with their intervals, one below the other.
+    """Differences with their intervals, one below the other; coloured where these exclude zero; lower helps.
 
     Args:
         name: unique on the page.
@@ -98,21 +96,17 @@ def forest(
         rows: from top to bottom.
         xlabel: quantity and unit.
         scale: of the axis and of the rows' notes; None takes one that fits the intervals.
-        zero: they are differences: a line at zero, and colour only where the interval excludes it.
-        lower_helps: which side of zero is the helpful one.
     """
     scale = scale or Scale.of(*(end for row in rows for end in (row.low, row.high)))
     with axes(_rows_height(len(rows))) as drawn:
         for position, row in enumerate(rows):
-            role = _role_of(row, lower_helps) if zero else "helpful"
-            settled = not zero or role != "neutral"
+            role = _role_of(row)
             drawn.plot([row.low, row.high], [-position] * 2, color=STAND_INS[role], lw=2.2, gid=f"interval-{position}")
             drawn.plot(
                 [row.mean], [-position], "o", ms=7.5, mew=2, mec=STAND_INS[role],
-                mfc=STAND_INS[role if settled else "surface"], gid=f"dot-{position}",
+                mfc=STAND_INS["surface" if role == "neutral" else role], gid=f"dot-{position}",
             )  # fmt: skip
-        if zero:
-            _zero_line(drawn, len(rows))
+        _zero_line(drawn, len(rows))
         said = [row.note or f"{scale.number(row.mean)} ({scale.span(row.low, row.high)})" for row in rows]
         _finish_rows(drawn, [row.label for row in rows], said, scale, xlabel)
         described = "; ".join(f"{row.label}: {note}" for row, note in zip(rows, said, strict=True))
@@ -156,7 +150,7 @@ def bars(name: str, title: str, rows: Sequence[Bar], *, xlabel: str) -> Markup:
 
 def histogram(
     name: str, title: str, edges: Sequence[float], counts: Sequence[int], *, xlabel: str, ylabel: str,
-    scale: Scale = NO_SCALE, noise: float = 0.0, error: float = 0.0,
+    extremes: tuple[float, float], scale: Scale = NO_SCALE, noise: float = 0.0, error: float = 0.0,
 ) -> Markup:  # fmt: skip
     """Counts in bins of which each has one sign: helpful below zero, harmful above.
 
@@ -167,6 +161,7 @@ def histogram(
         counts: values in each bin.
         xlabel: quantity and unit.
         ylabel: what is counted.
+        extremes: the lowest and the highest value; the outermost bins hold what lies beyond them too.
         scale: the unit of the axis.
         noise: half the width of the band round zero in which a value is below the noise of its measurement: bars are
             pale there.
@@ -186,13 +181,14 @@ def histogram(
         drawn.axvline(0, color=STAND_INS["muted"], lw=1)
         _finish_axes(drawn, scale.label(xlabel), ylabel, xscale=scale)
         drawn.yaxis.set_major_locator(_locator(5, integer=True))
+        reach = [min(edges[0], extremes[0]), *edges[1:-1], max(edges[-1], extremes[1])]
         tips = [
             f"{number(start)} to {number(end)}: {count}"
-            for start, end, count in zip(edges[:-1], edges[1:], counts, strict=True)
+            for start, end, count in zip(reach[:-1], reach[1:], counts, strict=True)
         ]
         helpful = sum(count for end, count in zip(edges[1:], counts, strict=True) if end <= 0)
         described = (
-            f"{sum(counts)} values from {number(edges[0])} to {number(edges[-1])}, {helpful} of them below zero."
+            f"{sum(counts)} values from {number(extremes[0])} to {number(extremes[1])}, {helpful} of them below zero."
         )
         return inline_svg(drawn, name, title, described, {"bar": tips})
 
@@ -286,10 +282,10 @@ def _spread(amount: int) -> NDArray[np.float64]:
 # -- axes -----------------------------------------------------------------------------------------------------------
 
 
-def _role_of(row: Interval, lower_helps: bool) -> str:
+def _role_of(row: Interval) -> str:
     if row.low <= 0 <= row.high:
         return "neutral"
-    return "helpful" if (row.mean < 0) == lower_helps else "harmful"
+    return "helpful" if row.mean < 0 else "harmful"
 
 
 def _rows_height(amount: int, axis: bool = True) -> float:

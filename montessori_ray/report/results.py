@@ -24,7 +24,7 @@ class Mean:
 
     mean: float
     se: float
-    """Standard error; 0 for a single value."""
+    """Standard error; NaN where it is not known: of a single value or few-shot prompt."""
     low: float
     """Lower end of the 95 % interval (Student's t)."""
     high: float

@@ -35,12 +35,21 @@ def run_page(report: Report) -> str:
         body = make(report)
         if body:
             found.append(Section(title.lower().replace(" ", "-"), title, body))
-        elif title != "Arms" or report.config.get("compare"):
+        elif title in _expected(report):
             missing.append(title.lower())
     if missing and report.stages_todo:
         sentence = f"Not in this report, since the run has not made it yet: {listed(missing)}."
         found.append(Section("missing", "Not there yet", paragraph(sentence)))
     return page(report.run.rstrip("/").rsplit("/", 1)[-1], _lead(report), found)
+
+
+def _expected(report: Report) -> set[str]:
+    """Titles of what such a run makes."""
+    always = {"Influence", "Examples", "Time and cost", "Environment"}
+    if report.scores_files:
+        return always | ({"Student training"} if report.config["data"]["warm_up"] else set())
+    loop = always | {"Pairs", "Teacher tuning", "Student training", "Instructions written"}
+    return loop | ({"Arms"} if report.config["compare"] else {"Student", "Teacher"})
 
 
 def _lead(report: Report) -> Markup:
@@ -71,8 +80,9 @@ def _key_figures(report: Report) -> list[Tile]:
         found.append(Tile("Examples that help", percent(first.share_helpful), note))
         if not report.fresh:
             scale = page_results.influence_scale(report)
-            mean, _, error = scale.plus_minus(first.mean.mean, first.mean.se).partition(" ± ")
-            found.append(Tile("Mean influence", scale.in_unit(mean), f"± {error}, negative helps"))
+            mean, sign, error = scale.plus_minus(first.mean.mean, first.mean.se).partition(" ± ")
+            sure = f"± {error}, " if sign else ""
+            found.append(Tile("Mean influence", scale.in_unit(mean), f"{sure}negative helps"))
     if report.pairs:
         prompts = sum(entry.prompts for entry in report.pairs)
         found.append(

@@ -44,6 +44,8 @@ class Influence:
     edges: list[float]
     """Ends of the bins of the histogram; scores beyond them are counted in the outermost bins."""
     counts: list[int]
+    extremes: tuple[float, float]
+    """The lowest and the highest score."""
     mean_se: float | None
     """Mean standard error of a score over the reference rows; None where the estimator does not know it."""
     noise: float | None
@@ -150,6 +152,7 @@ def _influence(stage: Stage, details: dict[str, Any], artifact: Artifact) -> Inf
         share_helpful=sum(value < 0 for value in values) / len(values),
         edges=edges,
         counts=counts,
+        extremes=(min(values), max(values)),
         mean_se=details.get("mean_se_over_reference"),
         noise=recheck["noise"] if recheck else None,
         recheck=recheck,

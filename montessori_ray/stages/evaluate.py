@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from math import hypot
+from math import hypot, isfinite
 from typing import Any
 
 import ray
 
+from montessori_ray.errors import ModelError
 from montessori_ray.evaluation import fresh
 from montessori_ray.evaluation.statistics import grouped_mean, mean_se
 from montessori_ray.stages.base import StageContext
@@ -30,6 +31,9 @@ def losses_of_students(context: StageContext, students: dict[str, int]) -> dict[
     """Commit (schema LOSSES) and return the loss of every row: student -> set -> losses in the order of the rows.
 
     The first two inputs are the reference and held-out rows; `students` says which input is which student.
+
+    Raises:
+        ModelError: a student has a loss that is not finite.
     """
     context.output.discard_parts()
     sets = {name: list(context.input(position).rows()) for position, name in enumerate(SETS)}
@@ -42,6 +46,12 @@ def losses_of_students(context: StageContext, students: dict[str, int]) -> dict[
         ray.get(done)  # an error is raised when it happens
     for student in students:
         values = ray.get(measured[student])
+        if not all(map(isfinite, values)):
+            model = context.stage.inputs[students[student]]
+            raise ModelError(
+                f"{model}, the {student} student, has a loss that is not finite: its training broke it in its last "
+                f"step. Remove it (`montessori stages --remove {model}`) and train with a lower learning rate"
+            )
         first = len(sets[SETS[0]])
         losses[student] = {SETS[0]: values[:first], SETS[1]: values[first:]}
         for name, rows in sets.items():

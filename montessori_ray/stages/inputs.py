@@ -156,11 +156,15 @@ def _import_model(
     length: int,
     drop_layers: tuple[int, ...],
 ) -> dict[str, Any]:
-    """A model made here (unpacked, pruned, joined) is copied into the run, where every node sees it; another stays."""
+    """A model made here (unpacked, pruned, joined) is copied into the run, where every node sees it; another stays.
+
+    Details: `hub` is its name there, None for one from elsewhere.
+    """
     from montessori_ray.models import (
         EMBEDDED,
         check_model,
         has_weights,
+        hub_name,
         join_adapter,
         prune_layers,
         resolve_model,
@@ -169,11 +173,12 @@ def _import_model(
     from montessori_ray.training.adapters import has_adapter
 
     folder = resolve_model(model)
+    details = {"model": model, "hub": hub_name(model), "dropped_layers": list(drop_layers)}
     if role == "student" and has_adapter(folder) and not has_weights(folder) and not drop_layers:
         with context.output.model_writer() as target:
             join_adapter(folder, target)
             check_model(target, role=role, chat_template=template, context=length)
-        return {"model": model, "dropped_layers": []}
+        return details
     check_model(folder, role=role, chat_template=template, context=length)
     if drop_layers:
         with context.output.model_writer() as target:
@@ -183,14 +188,14 @@ def _import_model(
         with context.output.model_writer() as target:
             with_template(folder, template, target, link=link)
         if link:
-            return {"model": model, "dropped_layers": [], LINKED: _location(folder), FILES: _sizes_and_times(folder)}
+            return details | {LINKED: _location(folder), FILES: _sizes_and_times(folder)}
     elif model.startswith(EMBEDDED):
         with context.output.model_writer() as target:
             shutil.copytree(folder, target, dirs_exist_ok=True)
     else:
         context.run.storage.write(f"{context.output.name}/{LOCATION}", json.dumps(_location(folder)).encode())
-        return {"model": model, "dropped_layers": [], FILES: _sizes_and_times(folder)}
-    return {"model": model, "dropped_layers": list(drop_layers)}
+        return details | {FILES: _sizes_and_times(folder)}
+    return details
 
 
 def require_unchanged(artifact: Artifact) -> None:

@@ -67,17 +67,25 @@ class Console:
         """A stage begins."""
         self._began = self._last_log = time.monotonic()
         if self.rich.is_terminal:
-            self._live = Live(Text(f"  {stage:<{self._name_width}} starting"), console=self.rich, transient=True)
+            self._live = Live(Text(f"  {self._short(stage)} starting"), console=self.rich, transient=True)
             self._live.start()
 
     def progress(self, stage: str, progress: Progress, rate: float | None) -> None:
         """The stage's progress, on the live line or now and then as a plain one."""
-        line = Text(f"  {stage:<{self._name_width}} {say_progress(progress, rate, time.monotonic() - self._began)}")
+        line = Text(f"  {self._short(stage)} {say_progress(progress, rate, time.monotonic() - self._began)}")
         if self._live is not None:
             self._live.update(line)
         elif time.monotonic() - self._last_log >= LOG_SECONDS:
             self._last_log = time.monotonic()
             self.rich.print(line)
+
+    def _short(self, stage: str) -> str:
+        """A name in its columns, without its middle where it is longer: the live line is cut at its end, where the time
+        left stands."""
+        width = self._name_width
+        if len(stage) > width:
+            stage = f"{stage[: width // 2 - 1]}…{stage[-(width - width // 2) :]}"
+        return f"{stage:<{width}}"
 
     def stopped(self) -> None:
         """The stage ended, one way or the other: take the live line away."""
@@ -182,7 +190,7 @@ def result_tables(details: dict[str, Any]) -> list[Table]:
             name,
             f"{row['reference']['mean']:.4f}",
             f"{row['held_out']['mean']:.4f}",
-            "" if change is None else f"{change['mean']:+.4f} ± {change['se']:.4f}",
+            "" if change is None else with_error(change, "+.4f", ".4f"),
         )
     tables = [losses]
     if details.get("fresh"):
@@ -197,12 +205,17 @@ def result_tables(details: dict[str, Any]) -> list[Table]:
             fresh.add_row(
                 name,
                 str(row["scored"]),
-                f"{row['mean']:+.2e} ± {row['se']:.1e}",
+                with_error(row, "+.2e", ".1e"),
                 f"{row['share_helpful']:.0%}",
-                "" if change is None else f"{change['mean']:+.2e} ± {change['se']:.1e}",
+                "" if change is None else with_error(change, "+.2e", ".1e"),
             )
         tables.append(fresh)
     return tables
+
+
+def with_error(found: Mapping[str, Any], mean: str, error: str) -> str:
+    """A mean ± its standard error in these formats; the mean alone where the error is not known."""
+    return f"{found['mean']:{mean}}" + ("" if found["se"] is None else f" ± {found['se']:{error}}")
 
 
 def comparison_tables(details: dict[str, Any]) -> list[Table | Text]:
@@ -363,7 +376,7 @@ def _said_of_scores(details: dict[str, Any]) -> str:
     mean, recheck = details["influence"], details["recheck"]
     parts = [
         f"{details['scored']} scored, {details['share_helpful']:.0%} help",
-        f"mean {mean['mean']:+.2e} ± {mean['se']:.1e}",
+        f"mean {with_error(mean, '+.2e', '.1e')}",
     ]
     if details["quarantined"]:
         parts.append(f"{sum(details['quarantined'].values())} without a score {details['quarantined']}")

@@ -8,6 +8,8 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import suppress
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, Self
 
 import psutil
@@ -111,8 +113,8 @@ class StageMonitor:
         }  # fmt: skip
         for name, gauge in self._gauges.items():
             gauge.set(values[name] or 0, tags={"stage": self._stage, "run": self._run})
-        for step, name, value in progress.curves:
-            self._tracker.log(self._stage, step, {name: value})
+        for step, points in groupby(progress.curves, key=itemgetter(0)):
+            self._tracker.log(self._stage, step, {name: value for _, name, value in points})
 
     def _ask_board(self) -> tuple[Progress, float | None]:
         """Progress and rate; an answer that is late is waited for again at the next read."""

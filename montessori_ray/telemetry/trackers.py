@@ -54,7 +54,7 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """One W&B run; steps are a metric of each stage, since stages have their own."""
+    """One W&B run; a stage's curves stand over its own steps, not over W&B's count of what was logged."""
 
     def __init__(self, project: str, run: Run, config: dict[str, Any]) -> None:
         import wandb
@@ -62,9 +62,13 @@ class WandbTracker:
         known = _known_as(run, "wandb") or uuid.uuid4().hex
         self._run = wandb.init(project=project, name=Path(run.root).name, config=config, id=known, resume="allow")
         _remember(run, "wandb", known)
+        self._stages: set[str] = set()
 
     def log(self, stage: str, step: int, metrics: dict[str, float]) -> None:
         """Record metrics of a stage at a step."""
+        if stage not in self._stages:
+            self._stages.add(stage)
+            self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
         self._run.log({f"{stage}/step": step} | {f"{stage}/{name}": value for name, value in metrics.items()})
 
     def close(self) -> None:
@@ -81,11 +85,13 @@ class MlflowTracker:
         self._mlflow = mlflow
         mlflow.set_experiment(project)
         active = mlflow.start_run(run_id=_known_as(run, "mlflow"), run_name=Path(run.root).name)
-        _remember(run, "mlflow", active.info.run_id)
+        self._run_id = active.info.run_id
+        _remember(run, "mlflow", self._run_id)
 
     def log(self, stage: str, step: int, metrics: dict[str, float]) -> None:
-        """Record metrics of a stage at a step."""
-        self._mlflow.log_metrics({f"{stage}/{name}": value for name, value in metrics.items()}, step=step)
+        """Record metrics of a stage at a step of this run, since MLflow's active one is each thread's own."""
+        named = {f"{stage}/{name}": value for name, value in metrics.items()}
+        self._mlflow.log_metrics(named, step=step, run_id=self._run_id)
 
     def close(self) -> None:
         """End the run."""

@@ -24,13 +24,19 @@ def influences(driver: Driver) -> dict[str, tuple[float, float]]:
     return scores
 
 
-def test_driver_killed_while_instructions_are_written(small_run: Driver, copy_until: CopyUntil) -> None:
+def test_driver_then_replica_killed_while_instructions_are_written(copy_until: CopyUntil) -> None:
     driver = copy_until("iteration_00/instructions")
     process = driver.start("--iteration", "0", job="synthesize")
     driver.kill_when(process, lambda: len(driver.parts("iteration_00/instructions")) >= 2)
     committed = driver.parts("iteration_00/instructions")
     assert not (driver.run / "iteration_00/instructions/manifest.json").exists()
-    driver.finish("--iteration", "0", job="synthesize")
+    process = driver.start("--iteration", "0", job="synthesize")
+    wait_until(lambda: len(driver.parts("iteration_00/instructions")) > len(committed), process, driver.log)
+    replicas = processes_of(process.pid, "ray::ServeReplica")
+    assert replicas
+    replicas[0].kill()
+    assert process.wait(timeout=400) == 0, driver.log.read_text()[-4000:]
+    wait_for_end(process.pid)
     after = driver.parts("iteration_00/instructions")
     assert {name: after[name] for name in committed} == committed
     ids = [row["example_id"] for row in driver.rows("iteration_00/instructions")]
@@ -39,27 +45,21 @@ def test_driver_killed_while_instructions_are_written(small_run: Driver, copy_un
     assert [row["example_id"] for row in driver.rows("iteration_00/responses")] == kept
 
 
-def test_driver_killed_while_scoring(small_run: Driver, copy_until: CopyUntil) -> None:
+def test_driver_then_worker_killed_while_scoring(small_run: Driver, copy_until: CopyUntil) -> None:
     driver = copy_until("iteration_00/influence")
     process = driver.start(job="score")
     driver.kill_when(process, lambda: len(driver.parts("iteration_00/influence")) >= 1)
     committed = driver.parts("iteration_00/influence")
     assert 0 < len(driver.rows("iteration_00/influence")) < len(small_run.rows("iteration_00/influence"))
-    driver.finish(job="score")
-    after = driver.parts("iteration_00/influence")
-    assert {name: after[name] for name in committed} == committed
-    assert influences(driver) == influences(small_run)
-
-
-def test_scoring_worker_killed(small_run: Driver, copy_until: CopyUntil) -> None:
-    driver = copy_until("iteration_00/influence")
     process = driver.start(job="score")
-    wait_until(lambda: len(driver.parts("iteration_00/influence")) >= 1, process, driver.log)
+    wait_until(lambda: len(driver.parts("iteration_00/influence")) > len(committed), process, driver.log)
     workers = processes_of(process.pid, "RayTrainWorker")
     assert workers
     workers[0].kill()
     assert process.wait(timeout=300) == 0, driver.log.read_text()[-4000:]
     wait_for_end(process.pid)
+    after = driver.parts("iteration_00/influence")
+    assert {name: after[name] for name in committed} == committed
     assert influences(driver) == influences(small_run)
 
 
@@ -70,20 +70,6 @@ def test_driver_killed_while_the_teacher_is_tuned(small_run: Driver, copy_until:
     driver.finish(job="tune_teacher")
     undisturbed = (small_run.run / "iteration_00/teacher/model.safetensors").read_bytes()
     assert (driver.run / "iteration_00/teacher/model.safetensors").read_bytes() == undisturbed
-
-
-def test_teacher_replica_killed(small_run: Driver, copy_until: CopyUntil) -> None:
-    driver = copy_until("iteration_00/instructions")
-    process = driver.start("--iteration", "0", job="synthesize")
-    wait_until(lambda: len(driver.parts("iteration_00/instructions")) >= 1, process, driver.log)
-    replicas = processes_of(process.pid, "ray::ServeReplica")
-    assert replicas
-    replicas[0].kill()
-    assert process.wait(timeout=400) == 0, driver.log.read_text()[-4000:]
-    wait_for_end(process.pid)
-    rows = driver.rows("iteration_00/instructions")
-    assert len({row["example_id"] for row in rows}) == len(rows)
-    assert len(driver.rows("iteration_00/responses")) == sum(row["status"] == "kept" for row in rows)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

@@ -78,7 +78,7 @@ def test_grades_by_hand(questions: Path) -> None:
     assert found["score"] == {"mean": 5.5, "se": pytest.approx(12**0.5 / 6)}, "over questions, see grouped_mean"
     assert found["turns"]["1"]["mean"] == pytest.approx(13 / 3)
     assert found["categories"] == {
-        "writing": {"mean": 4.5, "se": 0}, "math": {"mean": 6, "se": pytest.approx(0.5)},
+        "writing": {"mean": 4.5, "se": None}, "math": {"mean": 6, "se": pytest.approx(0.5)},
     }  # fmt: skip
     assert (found["graded"], found["without_rating"]) == (6, 0)
 

@@ -22,6 +22,8 @@ class Hub:
     """Bodies of the requests for new repositories."""
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)
     """`datasets/me/mine` -> path -> content."""
+    private: bool = True
+    """What it says of every repository."""
 
     def commit(self, repository: str, lines: list[dict[str, Any]]) -> None:
         kept = self.files.setdefault(repository, {})
@@ -57,7 +59,7 @@ def serving_hub() -> Iterator[Hub]:
             return {"commitUrl": f"{hub.address}/{found[1]}/commit/1", "commitOid": "1"}
 
         def do_GET(self) -> None:
-            self._send({"sha": "0", "id": "me/mine"})
+            self._send({"sha": "0", "id": "me/mine", "private": hub.private})
 
         def _send(self, content: dict[str, Any]) -> None:
             encoded = json.dumps(content).encode()

@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 from montessori_ray.cli import app
 from montessori_ray.errors import RunError
 from montessori_ray.export import tables
-from montessori_ray.export.cards import hub_name
 from montessori_ray.export.write import Exported, export_run, upload
 from tests.export.hub import Hub, serving_hub
 from tests.report.synthetic import HOSTILE, RunWriter, comparison_writer, loop_writer, scores_writer
@@ -149,7 +148,11 @@ def test_a_comparison_has_a_split_for_every_arm_and_seed(tmp_path: Path) -> None
     out = export_run(writer.run, writer.config, writer.stages, tmp_path / "out", models=False)
     assert len({split.path for split in out.splits}) == len(out.splits)
     loaded = load_dataset(str(tmp_path / "out"), "training_set")
-    assert {"train", "montessori_tuning_0_final", "responses_tuning_1_final"} < set(loaded)
+    assert {"final", "montessori_tuning_0_final", "responses_tuning_1_final"} < set(loaded), "no arm's is the default"
+    card = (out.folder / "README.md").read_text()
+    assert "| training_set | final | " in card
+    assert "| `arms/responses/tuning_1/final/training_set` |" in card
+    assert "A comparison of the arms `" in card
     rows = list(writer.run.artifact("arms/responses/tuning_1/final/training_set").rows())
     assert list(loaded["responses_tuning_1_final"]) == rows
 
@@ -213,6 +216,14 @@ def test_datasets_and_models_go_to_private_repositories_of_their_own(
     assert hub.files["datasets/me/mine"]["README.md"] == (out.folder / "README.md").read_bytes()
 
 
+def test_nothing_is_sent_to_a_repository_that_is_public_already(exported: tuple[RunWriter, Exported], hub: Hub) -> None:
+    _, out = exported
+    hub.private = False
+    with pytest.raises(RunError, match=r"me/mine is on the Hub already and public, so nothing was sent there"):
+        upload(out, "me/mine")
+    assert hub.files == {}
+
+
 def test_a_repository_without_an_owner_is_the_users_own(exported: tuple[RunWriter, Exported], hub: Hub) -> None:
     _, out = exported
     upload(out, "mine")
@@ -234,21 +245,13 @@ def test_cards_say_by_what_pairs_were_preferred(tmp_path: Path) -> None:
     assert len({card.partition("preferred by")[2][:20] for card in said.values()}) > 1
 
 
-@pytest.mark.parametrize(
-    ("model", "name"),
-    [
-        ("meta-llama/Meta-Llama-3-8B", "meta-llama/Meta-Llama-3-8B"),
-        ("embedded:smollm2-135m-instruct", None),
-        ("/models/student", None),
-        ("./models/student", None),
-        ("runs/quickstart/final/student", None),
-    ],
-)
-def test_hub_names(model: str, name: str | None) -> None:
-    assert hub_name(model) == name
-
-
-def test_a_folder_here_is_no_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "models" / "student").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    assert hub_name("models/student") is None
+def test_a_model_that_came_from_the_hub_is_named_in_the_card(tmp_path: Path) -> None:
+    writer = loop_writer(tmp_path, "iterations=1")
+    writer.write()
+    manifest = Path(writer.run.artifact("inputs/teacher").url) / "manifest.json"
+    told = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(told | {"details": {"hub": "meta-llama/Meta-Llama-3-8B"}}))
+    out = export_run(writer.run, writer.config, writer.stages, tmp_path / "out", models=True)
+    cards = {name: ModelCard.load(out.folder / "models" / name / "README.md") for name in out.models}
+    assert cards["iteration_00_teacher"].data.base_model == "meta-llama/Meta-Llama-3-8B"
+    assert cards["final_student"].data.base_model is None

@@ -19,7 +19,7 @@ def test_a_table_done_by_hand() -> None:
     assert found["spearman"] == pytest.approx(1.0)
     assert found["pearson"] == pytest.approx(11.0625 / (13.6875 * 9.1875) ** 0.5)
     assert found["same_sign"] == 0.75
-    assert (found["pairs"], found["pairs_changed"]) == (1, 1)  # prompt b: harmful only, until scored with noise
+    assert (found["pairs"], found["pairs_changed"]) == (2, 1)  # prompt b: a pair by the first scores alone
     assert found["spread"] == pytest.approx(1.75)
 
 

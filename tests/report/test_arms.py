@@ -20,8 +20,12 @@ QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
 ARMS = {"self_instruct": {"tune_teacher.tunes": "nothing"}, "montessori": {}, "shuffled_labels": {}}
 DATA = {
     "fresh": {
-        "parse_rate": 0.99, "duplicate_rate": 0.02, "instructions": {"self_rouge_l": 0.41, "sampled": 131},
-        "responses": {"tokens": 40.2}, "kept": 256,
+        "parse_rate": 0.99, "duplicate_rate": 0.02, "responses": {"tokens": 40.2},
+        "instructions": {
+            "self_rouge_l": 0.41, "distinct_2": 0.83, "sampled": 131, "words": 9.4, "effective_first_words": 31.6,
+            "first_words": {"write": 0.25, "name": 0.1},
+        },
+        "kept": 256,
         "overlap": {"reference": {"exact": 1, "near": 3}, "held_out": {"exact": 0, "near": 0}},
     },
     "training_rows": [96, 94], "training_tokens": [4000, 4000],
@@ -60,7 +64,12 @@ def source(folder: Path) -> Source:
     ]  # fmt: skip
     result = run.artifact("compare/result")
     result.begin(Identity(stage="compare/result", settings={}, inputs={}))
-    details = {"against": "self_instruct", "measures": measures, "data": dict.fromkeys(ARMS, DATA)}
+    details = {
+        "against": "self_instruct",
+        "independent": False,
+        "measures": measures,
+        "data": dict.fromkeys(ARMS, DATA),
+    }
     result.commit(details=details, seconds=1.0, columns=None)
     return Source(run, Config.model_validate(tree), ())
 
@@ -82,7 +91,6 @@ def test_every_difference_is_drawn_and_told(tmp_path: Path) -> None:
         "3 / 0 of 256",
         "4,000",
         "2.40 to 3.15",
-        "is of 131 instructions of each teacher",
         "facts",
         "0.1234",
     ):
@@ -103,11 +111,11 @@ def test_intervals_are_said_to_hold_for_what_was_repeated(tmp_path: Path) -> Non
     assert "every seed has a loop of its own" in str(section(replace(found, independent=True)))
 
 
-def test_variety_of_unequal_samples_is_not_to_be_compared(tmp_path: Path) -> None:
-    found = arms(source(tmp_path))
-    assert found is not None
-    body = str(section(replace(found, data=[found.data[0], replace(found.data[1], sampled=393)])))
-    assert "of unequal size (131 to 393 instructions): do not compare it" in body
+def test_what_teachers_ask_for_is_told(tmp_path: Path) -> None:
+    body = str(section(arms(source(tmp_path))))
+    assert "both are of 131 instructions of each teacher" in body
+    for cell in ("0.41", "0.83", "write 25 %, name 10 %"):
+        assert cell in body
 
 
 def test_a_page_of_a_comparison_begins_with_its_sentences(tmp_path: Path) -> None:

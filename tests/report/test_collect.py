@@ -13,7 +13,7 @@ from montessori_ray.config import Config, load_config
 from montessori_ray.loop import stages_of
 from montessori_ray.report import results, scores
 from montessori_ray.report.collect import Report, collect
-from montessori_ray.report.costs import OUTSIDE, WORK
+from montessori_ray.report.costs import OUTSIDE, REMOVED, WORK
 from montessori_ray.report.source import Source, arm_of, place
 from montessori_ray.telemetry.events import EventLog
 from tests.report.synthetic import QUICKSTART, RunWriter, comparison_writer, loop_writer, scores_writer
@@ -21,6 +21,10 @@ from tests.report.synthetic import QUICKSTART, RunWriter, comparison_writer, loo
 
 def report_of(writer: RunWriter, until: str | None = None) -> Report:
     writer.write(until)
+    return report_of_written(writer)
+
+
+def report_of_written(writer: RunWriter) -> Report:
     return collect(Source(writer.run, writer.config, tuple(writer.stages)))
 
 
@@ -38,8 +42,10 @@ def test_means_and_intervals_are_students() -> None:
 
 
 def test_a_mean_of_one_value_settles_nothing() -> None:
-    assert results.mean_of([3.0]) == results.Mean(mean=3.0, se=0.0, low=3.0, high=3.0, count=1)
-    assert not results.mean_of([3.0]).settled
+    found = results.mean_of([3.0])
+    assert (found.mean, found.low, found.high, found.count) == (3, 3, 3, 1)
+    assert np.isnan(found.se)
+    assert not found.settled
 
 
 def test_changes_of_losses_are_paired_by_row(finished: tuple[RunWriter, Report]) -> None:
@@ -219,6 +225,14 @@ def test_time_and_cost(finished: tuple[RunWriter, Report]) -> None:
     assert cost.gpu_hours == 0
     assert cost.sessions == 1
     assert cost.peak_memory_gb == 4.0
+
+
+def test_work_whose_output_was_removed_is_told_apart(tmp_path: Path) -> None:
+    writer = loop_writer(tmp_path)
+    before = report_of(writer)
+    assert REMOVED not in before.cost.by_work
+    EventLog(writer.run.storage).write("stage_finished", stage="iteration_00/score", rows=9, seconds=250.0, details={})
+    assert report_of_written(writer).cost.by_work[REMOVED] == pytest.approx(250)
 
 
 def test_every_kind_of_stage_is_the_work_it_does() -> None:

@@ -140,6 +140,13 @@ def test_a_run_that_only_scores_has_the_sections_it_can(tmp_path: Path) -> None:
     assert re.findall(r"<h2>([^<]+)</h2>", text) == ["Influence", "Examples", "Time and cost", "Environment"]
 
 
+def test_an_unfinished_run_promises_what_such_a_run_makes(tmp_path: Path) -> None:
+    _, _, scoring = written(scores_writer(tmp_path / "scores"), "score")
+    assert "has not made it yet: influence and examples." in scoring.text
+    _, _, comparison = written(comparison_writer(tmp_path / "arms"), "iteration_00/pair")
+    assert "has not made it yet: arms, pairs and teacher tuning." in comparison.text
+
+
 def test_a_comparison_tells_arms_apart(tmp_path: Path) -> None:
     _, text, document = written(comparison_writer(tmp_path), "compare/result")
     assert len(document.ids) == len(set(document.ids))

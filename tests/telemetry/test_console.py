@@ -196,6 +196,29 @@ def test_on_a_terminal_progress_is_one_live_line_that_goes_away(monkeypatch: pyt
     assert buffer.getvalue().endswith("\x1b[2K"), "the line is erased"
 
 
+def test_a_live_line_shows_the_time_left_however_long_the_name_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    console, buffer = make_console(monkeypatch, terminal=True)
+    console.rich = RichConsole(file=buffer, width=80, force_terminal=True, highlight=False)
+    name = "arms/montessori/tuning_0/student_0/final/train_student"
+    console.make_room([stage(name)])
+    console.started(name)
+    console.progress(name, Progress(done=104, total=160, unit="steps"), 0.43)
+    console.stopped()
+    assert "arms/montessori…al/train_student 104/160 steps · 0.43/s · 2:10 left" in buffer.getvalue()
+
+
+def test_an_error_that_is_not_known_is_not_shown() -> None:
+    one = {"scored": 1, "mean": -2e-3, "se": None, "share_helpful": 1.0}
+    measured = {"mean": 2.0, "se": None}
+    table = result_tables(
+        {
+            "losses": {"original": {"reference": measured, "held_out": measured}},
+            "fresh": {"original": one, "tuned 1x": one | {"change": {"mean": 0.0, "se": None}}},
+        }
+    )
+    assert not any("±" in cell for line in lines(*table) for cell in line)
+
+
 def test_summary_shows_finished_stages_the_result_and_where_the_run_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
+import threading
 import types
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -95,13 +96,21 @@ class Wandb(types.ModuleType):
     def __init__(self) -> None:
         super().__init__("wandb", "")
         self.started: list[dict[str, Any]] = []
+        self.axes: list[tuple[str, str]] = []
+        self.logged: list[dict[str, float]] = []
         self.fault: Exception | None = None
 
-    def init(self, **arguments: Any) -> NoTracker:
+    def init(self, **arguments: Any) -> Wandb:
         if self.fault:
             raise self.fault
         self.started.append(arguments)
-        return NoTracker()
+        return self
+
+    def define_metric(self, name: str, step_metric: str) -> None:
+        self.axes.append((name, step_metric))
+
+    def log(self, values: dict[str, float]) -> None:
+        self.logged.append(values)
 
 
 @pytest.fixture
@@ -119,6 +128,44 @@ def test_a_later_session_goes_on_with_the_runs_own_curves_at_wandb(tmp_path: Pat
     assert first["id"] == second["id"] != other["id"]
     assert first["resume"] == "allow"
     assert first["name"] == "one"
+
+
+def test_curves_at_wandb_stand_over_the_steps_of_their_stage(tmp_path: Path, wandb: Wandb) -> None:
+    tracker = open_tracker(Telemetry(tracker="wandb"), Run(str(tmp_path)), {})
+    for step in (8, 16):
+        tracker.log("score", step, {"influence": -0.25})
+    assert wandb.axes == [("score/*", "score/step")]
+    assert wandb.logged[-1] == {"score/step": 16, "score/influence": -0.25}
+
+
+class Mlflow(types.ModuleType):
+    """What of MLflow is called; like it, it knows an active run in the thread that started it alone."""
+
+    def __init__(self) -> None:
+        super().__init__("mlflow", "")
+        self._active = threading.local()
+        self.logged: list[tuple[str | None, int, dict[str, float]]] = []
+
+    def set_experiment(self, name: str) -> None: ...
+
+    def start_run(self, *, run_id: str | None, run_name: str) -> types.SimpleNamespace:
+        self._active.run = run_id or "first"
+        return types.SimpleNamespace(info=types.SimpleNamespace(run_id=self._active.run))
+
+    def log_metrics(self, metrics: dict[str, float], *, step: int, run_id: str | None = None) -> None:
+        self.logged.append((run_id or getattr(self._active, "run", None), step, metrics))
+
+
+def test_curves_go_to_the_runs_own_at_mlflow_from_any_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = Mlflow()
+    mlflow.__spec__ = ModuleSpec("mlflow", None)
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    for _ in range(2):
+        tracker = open_tracker(Telemetry(tracker="mlflow"), Run(str(tmp_path)), {})
+        thread = threading.Thread(target=tracker.log, args=("score", 8, {"influence": -0.25}))
+        thread.start()
+        thread.join()
+    assert mlflow.logged == [("first", 8, {"score/influence": -0.25})] * 2
 
 
 def test_a_tracker_that_does_not_start_is_said_in_a_sentence(tmp_path: Path, wandb: Wandb) -> None:
