@@ -83,6 +83,8 @@ def main(words: list[str] | None = None) -> None:
     reference, rest = rows[: arguments.reference], rows[arguments.reference :]
     examples, warm_up = rest[: arguments.points], rest[arguments.points :][: WARM_STEPS * WARM_BATCH]
     needed = arguments.reference + arguments.points + WARM_STEPS
+    if arguments.points < 2:
+        sys.exit(f"--points {arguments.points} has no spread: give 2 or more")
     if len(rows) < needed:
         sys.exit(
             f"{len(rows)} rows are too few, {needed} are needed: {arguments.reference} of reference, "

@@ -36,6 +36,7 @@ from montessori_ray.stages.score import SUMMARY_COLUMNS, summarise, without
 from montessori_ray.telemetry.progress import ProgressChannel
 
 CHUNK = 256
+OF_A_PROMPT = 4
 PROCESSES = 4
 
 
@@ -128,7 +129,10 @@ def measure(points: int, groups: int, lease_size: int, folder: str) -> dict[str,
     def commit(rows: list[Row]) -> None:
         nonlocal done
         done += len(rows)
-        influence.append(pa.Table.from_pylist([{**row, "prompt_id": "p"} for row in rows], schema=INFLUENCE))
+        prompts = [{"prompt_id": f"p{int(row['example_id'][1:]) // OF_A_PROMPT}"} for row in rows]
+        influence.append(
+            pa.Table.from_pylist([row | of for row, of in zip(rows, prompts, strict=True)], schema=INFLUENCE)
+        )
         if done >= 10_000 and (not memory or done - memory[-1][0] >= points / 10):
             memory.append((done, *(process.memory_info().rss / 1e6 for process in processes)))
 

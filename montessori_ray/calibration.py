@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import fmean
@@ -70,10 +70,11 @@ class Calibration:
 
 
 def load_calibration(config: Config, run: Run) -> Calibration | None:
-    """The run's calibration, if it has one that was made with these settings."""
-    if not run.storage.exists(FILE):
+    """The run's calibration, if it has one that was made with these settings by this version."""
+    found = json.loads(run.storage.read(FILE)) if run.storage.exists(FILE) else {}
+    if found.keys() != {field.name for field in fields(Calibration)}:
         return None
-    calibration = Calibration(**json.loads(run.storage.read(FILE)))
+    calibration = Calibration(**found)
     return calibration if calibration.settings == measured_settings(config) else None
 
 

@@ -306,6 +306,14 @@ class Optimizer(Section):
     """Global gradient norm above which gradients are scaled down; 0 switches clipping off."""
 
 
+def _require_whole_gpus(name: str, ranks: int, worker: WorkerResources) -> None:
+    if worker.gpus % 1:
+        raise ValueError(
+            f"{name} is {ranks}, and worker.gpus {worker.gpus:g}: ranks that work together cannot share a GPU, so give "
+            "each a whole one"
+        )
+
+
 class Training(Section):
     """One fine-tuning under Ray Train and DeepSpeed."""
 
@@ -345,6 +353,8 @@ class Training(Section):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size x workers = {per_pass}"
             )
+        if self.workers > 1:
+            _require_whole_gpus("workers", self.workers, self.worker)
         if self.warmup_ratio + self.decay_ratio > 1:
             raise ValueError("warmup_ratio + decay_ratio is above 1: the rate cannot rise and fall at once")
         return self
@@ -473,6 +483,8 @@ class Score(Section):
             )
         if self.offload and not (self.zero_stage and (self.backend == "zero" or self.group_size > 1)):
             raise ValueError("offload is for backend zero with zero_stage 1 to 3: raise zero_stage, or leave it off")
+        if self.group_size > 1:
+            _require_whole_gpus("group_size", self.group_size, self.worker)
         if self.compile and (self.backend == "zero" or self.group_size > 1):
             raise ValueError("compile is for backend local: an engine's hooks break a compiled pass")
         if self.precision == "tf32" and not self.worker.gpus:

@@ -432,7 +432,7 @@ def run_stages(config: AnySettings, stages: Sequence[Stage], chosen: Sequence[St
         if ready:
             measured = [session.run.artifact(stage.output) for stage in stages if stage.output in (REFERENCE, HELD_OUT)]
             inputs.require_measurable(config, session.run.artifact(STUDENT), measured)
-            _require_state(config.score)
+            _require_state(config, session.run.artifact(STUDENT))
             _connect(session, config, ready)
         for stage in chosen:
             if not _is_input(stage) and stage.name not in waiting:
@@ -463,16 +463,18 @@ def _connect(session: Session, config: AnySettings, ready: Sequence[Stage]) -> N
         session.note(f"the cluster has {gpus:g} GPUs, and no stage asks for one: see `worker.gpus` in its section")
 
 
-def _require_state(score: Score) -> None:
-    """Refuse a named optimizer state that is none, before the student is warmed up for its sake.
+def _require_state(config: AnySettings, student: Artifact) -> None:
+    """Refuse an optimizer state that is none, before the student is warmed up for its sake; where nothing warms it up,
+    a student without one and without a rate to step at.
 
     Raises:
         ModelError: names the folder.
     """
-    if score.named_state is not None:
-        from montessori_ray.influence.scorer import step_rule  # late: see stages/__init__.py
+    warmed_up = isinstance(config, Config) or config.data.warm_up is not None
+    if config.score.named_state is not None or not warmed_up:
+        from montessori_ray.influence.scorer import state_of, step_rule  # late: see stages/__init__.py
 
-        step_rule(score.named_state, score)
+        step_rule(state_of(student.model_path(), config.score), config.score)
 
 
 def _brought(run: Run, score: Score) -> list[str]:

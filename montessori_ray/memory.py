@@ -71,6 +71,10 @@ def require_memory(
         )
 
 
+LOCAL = {"exact": 20, "first_order": 24, "corrected": 28}
+"""Bytes a weight of `score.backend: local`, see there; of `corrected` while it starts."""
+
+
 def copy_of(stage: Stage, settings: AnySettings) -> Copy | None:
     """What a worker of the stage holds; None where it trains, scores and measures nothing. Of a student with an adapter
     (LoRA) its frozen weights alone."""
@@ -114,7 +118,7 @@ def _scored(score: Score, *, frozen: bool) -> Copy:
     if frozen:
         size: float = 4 / score.group_size if score.zero_stage == 3 else 4
     elif score.backend != "zero" and score.group_size == 1:
-        size = 20 if score.estimator == "exact" else 24  # as Score.backend says
+        size = LOCAL[score.estimator] + (6 if score.meaning("precision") == "bfloat16" else 0)
     else:
         divided = OFFLOADED if score.offload and score.worker.gpus else DIVIDED
         size = WHOLE[score.zero_stage] + divided[score.zero_stage] / score.group_size

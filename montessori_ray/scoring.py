@@ -9,8 +9,6 @@ columns.
 
 from __future__ import annotations
 
-from typing import Any
-
 from montessori_ray.artifacts.run import Run
 from montessori_ray.config import ScoreFiles
 from montessori_ray.loop import (
@@ -24,7 +22,7 @@ from montessori_ray.loop import (
 )
 from montessori_ray.stages import inputs, score, train
 from montessori_ray.stages import schemas as columns
-from montessori_ray.stages.base import Stage, StageContext
+from montessori_ray.stages.base import Stage
 
 EXAMPLES, WARMUP_SET, WARMED, INFLUENCE = "inputs/examples", "inputs/warmup_set", "warmed_student", "influence"
 
@@ -39,17 +37,6 @@ def score_files(job: ScoreFiles) -> Run:
     return run_stages(job, stages, stages)
 
 
-def import_student(context: StageContext[ScoreFiles]) -> dict[str, Any]:
-    """The student as `inputs/student`; it must be possible to take a step with it, or to warm it up first."""
-    details = inputs.import_student(context)
-    if context.config.data.warm_up is None:
-        from montessori_ray.influence.scorer import state_of, step_rule  # late: see stages/__init__.py
-        from montessori_ray.models import resolve_model
-
-        step_rule(state_of(resolve_model(context.config.student.model), context.config.score), context.config.score)
-    return details
-
-
 def stages_of_scoring(job: ScoreFiles) -> list[Stage]:
     """Check what the user brings, warm the student up where rows are given for that, score."""
     stages = [
@@ -61,10 +48,7 @@ def stages_of_scoring(job: ScoreFiles) -> list[Stage]:
             name=EXAMPLES, output=EXAMPLES, body=inputs.import_examples, schema=columns.EXAMPLES,
             settings=("data.examples",),
         ),
-        Stage(
-            name=STUDENT, output=STUDENT, body=import_student,
-            settings=("student", "data.warm_up", "score.optimizer_state", "score.learning_rate"),
-        ),
+        Stage(name=STUDENT, output=STUDENT, body=inputs.import_student, settings=("student",)),
     ]  # fmt: skip
     student = STUDENT
     if job.data.warm_up is not None:

@@ -95,6 +95,7 @@ def test_what_is_measured_last_is_measured_whole() -> None:
     [
         (["score.estimator=exact"], 20),
         (["score.estimator=first_order"], 24),
+        (["score.estimator=corrected", "score.precision=bfloat16"], 28 + 6),
         (["score.group_size=4", "score.zero_stage=1"], 8 + 12 / 4),
         (["score.group_size=4", "score.zero_stage=3"], 20 / 4),
         (["score.group_size=4", "score.zero_stage=3", "score.offload=true", "score.worker.gpus=1"], 8 / 4),

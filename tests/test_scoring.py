@@ -12,11 +12,13 @@ from typer.testing import CliRunner
 
 from montessori_ray.artifacts.storage import Storage
 from montessori_ray.cli import app
-from montessori_ray.config import score_settings
+from montessori_ray.config import ScoreFiles, score_settings
 from montessori_ray.errors import ConfigError
 from montessori_ray.influence.update import AdamW
 from montessori_ray.models import OPTIMIZER_TENSORS
+from montessori_ray.scoring import stages_of_scoring
 from montessori_ray.session import Session
+from montessori_ray.stages.base import identity_of
 from montessori_ray.telemetry.console import influence_tables, terminal
 from montessori_ray.telemetry.events import EventLog
 from montessori_ray.training.student_state import OPTIMIZER_JSON
@@ -68,11 +70,19 @@ def test_bad_input_is_said_before_anything_starts(files: dict[str, Path], tmp_pa
     assert "offload is for backend zero with zero_stage 1 to 3" in said(command(files, "offload=true", "zero_stage=3"))
 
 
-def test_a_student_without_moments_must_be_given_some_or_a_rate(files: dict[str, Path]) -> None:
+def no_cluster(_: Session) -> None:
+    raise ConfigError("no cluster today")
+
+
+def test_a_student_without_moments_must_be_given_some_or_a_rate(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = said(command(files))
     assert "has no optimizer.json, so the student was not warmed up" in words
     assert "data.warm_up" in words
     assert "score.learning_rate" in words
+    monkeypatch.setattr(Session, "connect", no_cluster)
+    assert "no cluster today" in said(command(files, "score.learning_rate=1e-3")), "its own advice, in the same run"
 
 
 def save_rule(folder: Path, learning_rate: float) -> None:
@@ -86,10 +96,13 @@ def test_an_optimizer_state_that_changes_between_sessions_is_refused(
 ) -> None:
     """Its rows would come from two states; the same content at a later time is the same state."""
 
-    def interrupted(_: Session) -> None:
-        raise ConfigError("no cluster today")
+    def begin_and_fail(session: Session) -> None:
+        assert isinstance(session.config, ScoreFiles)
+        stage = stages_of_scoring(session.config)[-1]
+        session.run.artifact(stage.output).begin(identity_of(stage, session.config, session.run))
+        no_cluster(session)
 
-    monkeypatch.setattr(Session, "connect", interrupted)
+    monkeypatch.setattr(Session, "connect", begin_and_fail)
     state = tmp_path / "state"
     state.mkdir()
     save_rule(state, learning_rate=1e-3)
@@ -99,7 +112,7 @@ def test_an_optimizer_state_that_changes_between_sessions_is_refused(
         (state / OPTIMIZER_JSON).touch()
     save_rule(state, learning_rate=2e-3)
     words = said(arguments)
-    assert "inputs/student" in words
+    assert "influence was made with other settings" in words
     assert "score.optimizer_state: state (content " in words
 
 

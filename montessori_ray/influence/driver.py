@@ -167,10 +167,7 @@ class Pump:
         chunks = iter(examples)
         feeding = True
         while True:
-            state: LedgerState = _ask(self._ledger.look.remote())
-            require_unspoilt(state)
-            rows = self._outstanding.take(state.rows)
-            self._report(rows, state)
+            state, rows = self._look()
             if not feeding and not self._outstanding and self._baselines:
                 return state.up
             if lost := self._outstanding.lost(state.open):
@@ -187,8 +184,15 @@ class Pump:
             "groups": self._groups.started,
         }
 
-    def _report(self, rows: list[Row], state: LedgerState) -> None:
-        """Commit the rows that came in and report progress."""
+    def _look(self) -> tuple[LedgerState, list[Row]]:
+        """Ask the ledger how things stand, commit the rows that came in, which are returned, and report progress.
+
+        Raises:
+            SpoiltRowsError: before any of these is committed.
+        """
+        state: LedgerState = _ask(self._ledger.look.remote())
+        require_unspoilt(state)
+        rows = self._outstanding.take(state.rows)
         if rows or state.baselines.keys() != self._joined:
             self._last_news = time.monotonic()
         self._joined = set(state.baselines)
@@ -203,6 +207,7 @@ class Pump:
         up = len(state.up)
         note = f"{up} of {len(self._groups)} groups"
         self._progress.update(self._done + self._points, self._total, unit="points", note=note, groups=up, **metrics)
+        return state, rows
 
     def _feed(self, chunks: Iterator[list[Row]], backlog: int, scored: int) -> bool:
         """Keep a look's worth of leases waiting; False when there are no more examples."""
@@ -226,8 +231,7 @@ class Pump:
         try:
             retired = self._groups.watch(LOOK_S, state.over_one)
         except ResourceError:
-            last: LedgerState = _ask(self._ledger.look.remote())
-            self._report(self._outstanding.take(last.rows), last)
+            self._look()
             raise
         for name in retired:
             _ask(self._ledger.release.remote(name))

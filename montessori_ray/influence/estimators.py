@@ -22,6 +22,9 @@ from montessori_ray.training.chat import Encoded
 
 Baseline = Literal["null_step", "warmed"]
 
+REFERENCE_GRADIENT = "the gradient of the reference loss is not finite"
+"""What a backend says where it is so."""
+
 
 class NotFiniteError(ArithmeticError):
     """A loss or gradient of an example is not finite; the student has to be restored before it is used again."""
@@ -242,7 +245,10 @@ class FirstOrder(Estimator):
         """Gradient at the baseline: the middle of all steps is nearer to the null step than to the warmed state."""
         if baseline == "null_step":
             self._student.null_step()
-        return self._student.reference_gradient(reference)
+        try:
+            return self._student.reference_gradient(reference)
+        except NotFiniteError as error:
+            raise ModelError(f"nothing can be scored by {self.name}: {error}; take score.estimator=exact") from None
 
 
 class Corrected(FirstOrder):

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from montessori_ray.influence.capture import Graphs, can_record
 from montessori_ray.influence.copies import Copies, State, views
-from montessori_ray.influence.estimators import NotFiniteError
+from montessori_ray.influence.estimators import REFERENCE_GRADIENT, NotFiniteError
 from montessori_ray.influence.fingerprint import checksum, generator_states, set_generator_states
 from montessori_ray.influence.moments import MOMENTS, open_moments
 from montessori_ray.influence.reference import Precision, ReferenceBatch, ReferenceSet, ResponseLoss, response_inputs
@@ -150,6 +150,8 @@ class LocalStudent:
                     gradient.zero_()
         finally:
             self.restore()
+        if not total.isfinite().all():
+            raise NotFiniteError(REFERENCE_GRADIENT)
         return [total]
 
     def change_along(self, gradient: list[Tensor]) -> float:

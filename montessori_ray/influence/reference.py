@@ -106,7 +106,8 @@ class ResponseLoss(nn.Module):
     def forward(self, input_ids: Tensor, positions: Tensor, words: Tensor, counts: Tensor) -> Tensor:
         """Losses (R,) in float64 of rows, given as `response_inputs` makes them. Cross entropy is float32."""
         plain = self.try_head(input_ids.device)
-        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+        enabled = self.precision == "bfloat16"  # without its cache, which would hold a copy of every weight
+        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False):
             if self.head is not None and plain:
                 losses = self.head(self._states(input_ids).flatten(0, 1)[positions], words)
             else:

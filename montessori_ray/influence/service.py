@@ -15,8 +15,9 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
+from montessori_ray.cluster import cluster_nodes, require_room
 from montessori_ray.config import Score as ScoreSettings
 from montessori_ray.errors import ConfigError, DataError, ResourceError, UserError
 from montessori_ray.influence.estimators import NotRestoredError
@@ -120,7 +121,8 @@ def start_scoring_actor(
         max_length: tokens of an example; longer ones are cut at the end.
 
     Raises:
-        UserError: the student cannot be loaded, a reference row has no response, or the settings ask for several ranks.
+        UserError: the student cannot be loaded, a reference row has no response, the settings ask for several ranks, or
+            no node has `settings.worker`.
     """
     if settings.group_size > 1:
         raise ConfigError(
@@ -128,6 +130,7 @@ def start_scoring_actor(
             "with `montessori score`, whose groups may have several ranks"
         )
     worker = settings.worker
+    require_room("a scoring actor", [worker.bundle], cluster_nodes())
     actor = ScoringActor.options(  # type: ignore[attr-defined]
         num_cpus=worker.cpus,
         num_gpus=worker.gpus,
@@ -139,4 +142,7 @@ def start_scoring_actor(
         ray.get(actor.baselines.remote())
     except RayTaskError as error:
         raise error.cause from None
+    except RayActorError as error:
+        cause = str(error).strip().splitlines()[-1]
+        raise ResourceError(f"the scoring actor ended while it loaded the student {student}: {cause}") from None
     return actor

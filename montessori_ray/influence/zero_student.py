@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from montessori_ray.influence.estimators import NotFiniteError
+from montessori_ray.influence.estimators import REFERENCE_GRADIENT, NotFiniteError
 from montessori_ray.influence.moments import open_moments
 from montessori_ray.influence.reference import Precision, ReferenceSet, ResponseLoss, response_inputs
 from montessori_ray.influence.update import AdamW
@@ -108,13 +108,17 @@ class ZeroStudent:
                 self._engine.set_gradient_accumulation_boundary(number == len(reference.gradient_batches))
                 self._engine.backward(loss)
 
+        skipped = self._engine.skipped_steps
         try:
-            return self._state.gradient(backward)
+            gradient = self._state.gradient(backward)
+            if self._engine.skipped_steps != skipped:  # sharded, DeepSpeed makes zeros of what is not finite
+                raise NotFiniteError(REFERENCE_GRADIENT)
         except BaseException:
             self._state.drop_gradients()
             raise
         finally:
             self.restore()
+        return gradient
 
     def change_along(self, gradient: list[Tensor]) -> float:
         return self._state.change_along(gradient)

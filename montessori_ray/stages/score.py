@@ -85,15 +85,16 @@ def without(rows: Iterable[dict[str, Any]], scored: Iterator[str]) -> Iterator[d
 def mark_rechecks(rows: Iterable[dict[str, Any]], recheck: int, total: int) -> Iterator[dict[str, Any]]:
     """The rows with `recheck`: true for those of every so many few-shot prompts, about `recheck` of `total` in all.
 
-    Whole prompts, so that the pairs among them are known too; the first one always, so that every run measures its
-    noise.
+    Whole prompts, so that the pairs among them are known too, but no more than `recheck` rows of one: examples of a
+    user's own may all be of the same. The first one always, so that every run measures its noise.
     """
     every = max(1, round(total / recheck)) if recheck else 0
-    number, prompt_id = -1, None
+    number, of_prompt, prompt_id = -1, 0, None
     for row in rows:
         if row["prompt_id"] != prompt_id:
-            number, prompt_id = number + 1, row["prompt_id"]
-        yield {**row, "recheck": bool(every) and number % every == 0}
+            number, of_prompt, prompt_id = number + 1, 0, row["prompt_id"]
+        of_prompt += 1
+        yield {**row, "recheck": bool(every) and number % every == 0 and of_prompt <= recheck}
 
 
 def summarise(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:

@@ -205,6 +205,7 @@ def worker_environment(worker: WorkerResources) -> dict[str, str]:
     variables = {"OMP_NUM_THREADS": str(worker.threads), "TOKENIZERS_PARALLELISM": "false"}
     if not worker.gpus:
         variables["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed takes whatever accelerator library it can import
+        variables["CUDA_VISIBLE_DEVICES"] = ""  # or PyTorch finds a GPU node's first one, which is another worker's
     return variables
 
 

@@ -13,7 +13,7 @@ import pytest
 import ray
 import torch
 
-from montessori_ray.config import Score
+from montessori_ray.config import Score, WorkerResources
 from montessori_ray.errors import ConfigError, DataError, ModelError, ResourceError
 from montessori_ray.influence.estimators import NotRestoredError
 from montessori_ray.influence.scorer import Scorer, join_alone, leave
@@ -115,6 +115,25 @@ def test_batches_have_the_scores_of_a_scorer_before_and_after_a_death(student: P
     ]
     assert ray.get(actor.baselines.remote())["null_step_loss"] == expected[0].loss_before
     ray.kill(actor)
+
+
+@pytest.mark.slow
+def test_an_actor_for_which_there_is_no_room_is_refused(student: Path, cluster: None) -> None:
+    settings = SETTINGS.model_copy(update={"worker": WorkerResources(cpus=8)})
+    with pytest.raises(ResourceError, match=r"a scoring actor asks for 1 x \(8 CPU\) at once, the cluster has"):
+        start_scoring_actor(student, REFERENCE, settings, max_length=64)
+
+
+@pytest.mark.slow
+def test_an_actor_that_ends_while_it_loads_is_told_of_in_a_sentence(
+    student: Path, cluster: None, tmp_path: Path
+) -> None:
+    shutil.copytree(student, tmp_path / "weightless", ignore=shutil.ignore_patterns("model*"))
+    with pytest.raises(
+        ResourceError, match=r"the scoring actor ended while it loaded .*/weightless: OSError"
+    ) as caught:
+        start_scoring_actor(tmp_path / "weightless", REFERENCE, SETTINGS, max_length=64)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from montessori_ray.influence.driver import SpoiltRowsError
 from montessori_ray.loop import stages_of
 from montessori_ray.stages.base import StageContext
 from montessori_ray.stages.schemas import EXAMPLES, INPUT_ROWS
-from montessori_ray.stages.score import score, without
+from montessori_ray.stages.score import mark_rechecks, score, without
 from montessori_ray.telemetry.progress import ProgressChannel
 
 
@@ -41,6 +41,21 @@ def test_without_reads_no_further_than_it_must() -> None:
 
     assert list(without([{"example_id": "e0"}, {"example_id": "e1"}, {"example_id": "e2"}], scored())) == []
     assert read == ["e1", "e0", "e3", "e2"]
+
+
+def marked(prompts: Sequence[str], recheck: int) -> list[int]:
+    given = ({"example_id": str(number), "prompt_id": prompt} for number, prompt in enumerate(prompts))
+    rows = list(mark_rechecks(given, recheck, len(prompts)))
+    return [number for number, row in enumerate(rows) if row["recheck"]]
+
+
+def test_whole_prompts_are_scored_twice() -> None:
+    assert marked([f"p{number // 4}" for number in range(64)], 8) == [*range(4), *range(32, 36)]
+    assert marked(list("aabb"), 0) == []
+
+
+def test_rows_that_are_all_of_one_prompt_are_not_all_scored_twice() -> None:
+    assert marked(["mine"] * 300, 16) == list(range(16))
 
 
 Score = Callable[..., dict[str, Any]]
