@@ -27,7 +27,7 @@ from montessori_ray.comparison import all_stages
 from montessori_ray.config import Config, said_content
 from montessori_ray.config import Score as ScoreSettings
 from montessori_ray.errors import ConfigError
-from montessori_ray.loop import FIRST_WARMED, REFERENCE, STUDENT, check_run, score_bundles
+from montessori_ray.loop import FIRST_WARMED, REFERENCE, STUDENT, check_run, require_shared, score_bundles
 from montessori_ray.session import Session
 from montessori_ray.stages.base import Stage
 from montessori_ray.telemetry.console import clock
@@ -116,9 +116,12 @@ def calibrate(config: Config) -> Calibration:
             if stage.name in (STUDENT, REFERENCE):
                 session.execute(stage)
         job = _job(config, session.run)
-        require_room("calibrate", score_bundles(config), session.connect())
+        nodes = session.connect()
+        require_shared(session.run, nodes)
+        require_room("calibrate", score_bundles(config), nodes)
         calibration = _measure(job, config, session.run.train_storage())
         calibration.save(session.run)
+        session.run.remove_trainings("calibrate")
         return calibration
 
 

@@ -80,7 +80,7 @@ def connected(cluster: Cluster) -> Iterator[str]:
                 logging_level=logging.ERROR,
                 namespace="montessori",
             )
-    except (ConnectionError, TimeoutError, RuntimeError) as error:
+    except (ConnectionError, TimeoutError, RuntimeError, RayError) as error:  # the last: its token is missing or wrong
         raise ResourceError(f"no Ray cluster answers at {address or 'this machine'}: {error}") from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_termination)  # ray.init put its own in place, which aborts

@@ -23,6 +23,7 @@ from montessori_ray.artifacts.run import Run
 from montessori_ray.config import Compare, Config, content_settings, describe, merge, nested
 from montessori_ray.errors import ConfigError
 from montessori_ray.loop import (
+    ENGINE_KEYS,
     FIRST_FRESH,
     FIRST_INFLUENCE,
     FIRST_PROBING,
@@ -124,7 +125,7 @@ def _written(examples: str, made: dict[str, Stage]) -> list[Any]:
     instructions = made[responses.inputs[0]]
     return [
         [stage.teacher, stage.config and content_settings(stage.config, keys)]
-        for stage, keys in ((instructions, ("seed", *WRITER_KEYS, "pool.dtype")), (responses, responses.settings))
+        for stage, keys in ((instructions, ("seed", *WRITER_KEYS, *ENGINE_KEYS)), (responses, responses.settings))
     ]
 
 
@@ -166,6 +167,11 @@ def _arm_config(config: Config, name: str, tuning_seed: int, student_seed: int) 
         cell = Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"compare.arms.{name}: {describe(error)}") from None
+    if cell.evaluate.fresh <= cell.synthesize.n:
+        raise ConfigError(
+            f"compare.arms.{name}: evaluate.fresh is {cell.evaluate.fresh}, and a comparison needs fresh instructions "
+            f"of at least two few-shot prompts: set it above synthesize.n = {cell.synthesize.n}"
+        )
     if cell.pair.signal not in DRAWN:
         return cell
     return cell.model_copy(update={"pair": cell.pair.model_copy(update={"seed": tuning_seed})})

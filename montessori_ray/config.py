@@ -70,6 +70,12 @@ class WorkerResources(Section):
             raise ValueError("Ray gives a share of one GPU or whole GPUs, set a whole number above 1")
         return value
 
+    @model_validator(mode="after")
+    def _is_something(self) -> Self:
+        if not self.cpus and not self.gpus:
+            raise ValueError("a worker with neither CPUs nor GPUs has no place: set one of them above 0")
+        return self
+
     @property
     def bundle(self) -> dict[str, float]:
         """The Ray resource request, without zero entries."""
@@ -89,8 +95,9 @@ class Cluster(Section):
     job submit`, else one started for this run and stopped with it."""
     num_cpus: Count | None = None
     """Logical CPUs of a cluster started for this run; None takes the machine's."""
-    object_store_memory: Count = 500_000_000
-    """Bytes of object store of a cluster started for this run. Rows are small: text, never tensors."""
+    object_store_memory: Annotated[int, Field(ge=75 * 2**20)] = 500_000_000
+    """Bytes of object store of a cluster started for this run, 75 MiB (Ray's least) or more. Rows are small: text,
+    never tensors."""
     dashboard: bool = True
     """Serve the Ray dashboard on a cluster started for this run."""
 
@@ -183,7 +190,6 @@ class Pool(Section):
             "max_retries",
             "start_timeout_s",
             "resident",
-            "max_model_len",
         }
     )
 
@@ -192,7 +198,7 @@ class Pool(Section):
     worker: WorkerResources = WorkerResources()
     """Resources of one replica; tensor parallelism is one engine over `worker.gpus` GPUs."""
     max_model_len: Count = 4096
-    """Context of the engine, tokens; a prompt plus its longest answer must fit."""
+    """Context of the engine, tokens; an answer for which a prompt leaves less room than its `max_tokens` ends there."""
     max_num_seqs: Count = 256
     """Sequences decoded at once in a replica; on CPUs throughput hardly grows beyond some 128."""
     kv_cache_gb: Positive | None = None
@@ -298,7 +304,7 @@ class Optimizer(Section):
     """Peak rate (paper: 5e-6 for students, 1e-6 for DPO)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay (paper: 0)."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Annotated[Fraction, Field(lt=1)], Annotated[Fraction, Field(lt=1)]] = (0.9, 0.999)
     """Decay rates of the moments."""
     eps: Positive = 1e-8
     """Added to the denominator."""
@@ -759,11 +765,6 @@ class Config(Section):
             raise ValueError(
                 "evaluate.judge is for one run's student: in a comparison no student answers, leave it out (an arm's "
                 "teacher may be tuned by a judge's grades, pair.signal=llm_judge)"
-            )
-        if self.compare and self.evaluate.fresh <= self.synthesize.n:
-            raise ValueError(
-                f"evaluate.fresh is {self.evaluate.fresh}: a comparison needs fresh instructions of at least two "
-                f"few-shot prompts, set it above synthesize.n = {self.synthesize.n}"
             )
         return self
 

@@ -37,6 +37,9 @@ WRITER_KEYS = tuple(
 )  # fmt: skip
 """What decides which instructions a teacher writes and which of them are kept."""
 
+ENGINE_KEYS = ("pool.dtype", "pool.max_model_len")
+"""What of the pool decides what a model writes: its rounding, and where an answer is cut for want of room."""
+
 FIRST_WARMED = "iteration_00/warmed_student"
 FIRST_PROBING, FIRST_INFLUENCE = "iteration_00/probing_set", "iteration_00/influence"
 FIRST_FRESH = "iteration_00/fresh_set"
@@ -141,12 +144,12 @@ def _write(
     return [
         Stage(
             name=instructions, output=instructions, body=sample, schema=columns.INSTRUCTIONS, teacher=teachers.writer,
-            inputs=(SEEDS, teachers.writer), settings=("seed", *WRITER_KEYS, "pool.dtype", *sizes), rows=target,
+            inputs=(SEEDS, teachers.writer), settings=("seed", *WRITER_KEYS, *ENGINE_KEYS, *sizes), rows=target,
         ),
         Stage(
             name=responses, output=responses, body=synthesize.synthesize_responses, schema=columns.RESPONSES,
             teacher=teachers.answerer, inputs=(instructions, teachers.answerer), rows=target,
-            settings=("seed", "synthesize.responses", "pool.dtype"),
+            settings=("seed", "synthesize.responses", *ENGINE_KEYS),
         ),
     ]  # fmt: skip
 
@@ -184,7 +187,7 @@ def _tune(config: Config, name: str, teacher: str) -> list[Stage]:
                 name=candidates, output=candidates, body=synthesize.synthesize_candidates, schema=columns.CANDIDATES,
                 inputs=(probing_set, teacher), teacher=teacher, rows=config.split.probing,
                 settings=(
-                    "seed", "synthesize.responses", "synthesize.drop_truncated", "pool.dtype",
+                    "seed", "synthesize.responses", "synthesize.drop_truncated", *ENGINE_KEYS,
                     "tune_teacher.candidates", "split.probing",
                 ),
             )
@@ -288,7 +291,7 @@ def _judge(config: Config) -> list[Stage]:
             Stage(
                 name=f"final/answer_{name}", output=f"final/answers_{name}", body=win_rate.answer_held_out,
                 schema=columns.ANSWERS, inputs=(HELD_OUT, student), teacher=student,
-                settings=("seed", "synthesize.responses", "pool.dtype", "student.chat_template"),
+                settings=("seed", "synthesize.responses", *ENGINE_KEYS, "student.chat_template"),
             )
             for name, student in answers.items()
         ),
@@ -312,12 +315,14 @@ def select(stages: Sequence[Stage], kinds: Sequence[str], iteration: int | None)
     """The stages of these kinds, all where there are none, and of one iteration where one is given.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: there are none of one of these kinds.
     """
     place = "" if iteration is None else f"iteration_{iteration:02d}/"
-    chosen = [stage for stage in stages if (not kinds or stage.kind in kinds) and stage.name.startswith(place)]
-    if not chosen:
-        called = f" is called {' or '.join(kinds)}" if kinds else " is"
+    of_place = [stage for stage in stages if stage.name.startswith(place)]
+    chosen = [stage for stage in of_place if not kinds or stage.kind in kinds]
+    unknown = [kind for kind in kinds if all(stage.kind != kind for stage in of_place)]
+    if unknown or not chosen:
+        called = f" is called {' or '.join(unknown)}" if unknown else " is"
         where = "" if iteration is None else f" in iteration {iteration}"
         raise ConfigError(f"no stage{called}{where}; `montessori stages` lists them")
     return chosen
@@ -430,6 +435,7 @@ def run_stages(config: AnySettings, stages: Sequence[Stage], chosen: Sequence[St
             session.execute(stage)
         ready, waiting = startable(chosen, stages, session.run)
         if ready:
+            inputs.require_whole(config, session.run.artifact(STUDENT))
             measured = [session.run.artifact(stage.output) for stage in stages if stage.output in (REFERENCE, HELD_OUT)]
             inputs.require_measurable(config, session.run.artifact(STUDENT), measured)
             _require_state(config, session.run.artifact(STUDENT))

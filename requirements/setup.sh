@@ -24,9 +24,14 @@ for candidate in ${PYTHON:-python3.12 python3.11 python3}; do
 done
 [ -n "$python" ] || fail "needs Python 3.11 or 3.12 with venv${PYTHON:+, which $PYTHON is not}: install one, or name it with PYTHON=..."
 
+if [ -f .venv/.lock ] && [ "$(cat .venv/.lock)" != "$lock" ]; then
+  echo "setup: .venv has the packages of LOCK=$(cat .venv/.lock), which do not mix with those of $lock: made anew"
+  rm -rf .venv
+fi
 echo "setup: $lock packages with $("$python" -V) into .venv (a few minutes, once)"
 [ -x .venv/bin/python ] && is_supported .venv/bin/python || { rm -rf .venv; "$python" -m venv .venv; }
 rm -f "$stamp"
+echo "$lock" >.venv/.lock
 # Complete locks, so no dependency is looked up. The sdists (DeepSpeed, rouge-score) build with the packages installed
 # first; DeepSpeed's operators are not used.
 pip() { DS_BUILD_OPS=0 .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation "$@"; }

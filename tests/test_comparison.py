@@ -271,8 +271,9 @@ def test_repeated_seeds_are_refused() -> None:
 @pytest.mark.parametrize("fresh", [0, 4])
 def test_a_comparison_needs_fresh_instructions_of_two_prompts(fresh: int) -> None:
     tree = comparison().model_dump()
-    with pytest.raises(ValueError, match=rf"evaluate.fresh is {fresh}: .* set it above synthesize.n = 4"):
-        Config.model_validate(tree | {"evaluate": tree["evaluate"] | {"fresh": fresh}})
+    config = Config.model_validate(tree | {"evaluate": tree["evaluate"] | {"fresh": fresh}})
+    with pytest.raises(ConfigError, match=rf"evaluate.fresh is {fresh}, .* set it above synthesize.n = 4"):
+        stages_of_comparison(config)
 
 
 @pytest.mark.parametrize(
@@ -285,6 +286,7 @@ def test_a_comparison_needs_fresh_instructions_of_two_prompts(fresh: int) -> Non
             "compare.arms.x: tune_teacher.tunes is nothing, so 2 iterations",
         ),
         ({"tune_teacher.tunes": "response", "responses_by": "original"}, "responses_by=original would never ask"),
+        ({"synthesize.n": 20}, "compare.arms.x: evaluate.fresh is 16, .* set it above synthesize.n = 20"),
     ],
 )
 def test_an_arm_whose_settings_do_not_fit_is_named(settings: dict[str, Any], message: str) -> None:

@@ -387,6 +387,11 @@ def test_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
             "evaluate.judge={model: m, base_url: 'host:9/v1'}",
             r"evaluate\.judge: base_url is host:9/v1, expected an address such as http://",
         ),
+        ("score.worker.cpus=0", r"score\.worker: a worker with neither CPUs nor GPUs has no place"),
+        ("score={group_size: 2, worker: {gpus: 0.5}}", "score: group_size is 2, and worker.gpus 0.5: ranks that work"),
+        ("warm_up={workers: 2, worker: {gpus: 0.5}}", "warm_up: workers is 2, and worker.gpus 0.5: ranks that work"),
+        ("warm_up.optimizer.betas=[0.9, 1.0]", r"warm_up\.optimizer\.betas\.1 is 1\.0: .*less than 1"),
+        ("cluster.object_store_memory=1", r"cluster\.object_store_memory is 1: .*greater than or equal to 78643200"),
         ("pool.worker.gpus=1.5", r"pool\.worker\.gpus: Ray gives a share of one GPU or whole GPUs"),
         ("synthesize.duplicate_rouge_l=1.5", r"synthesize\.duplicate_rouge_l is 1\.5"),
         ("student.drop_layers=[a]", r"student\.drop_layers\.0 is 'a'"),
@@ -603,7 +608,7 @@ def test_faster_or_elsewhere_is_the_same_work(minimal: Path, override: str) -> N
 def test_workers_ask_for_what_is_not_zero() -> None:
     assert WorkerResources(cpus=2, gpus=0).bundle == {"CPU": 2}
     assert WorkerResources(cpus=0, gpus=0.5).bundle == {"GPU": 0.5}
-    assert [WorkerResources(cpus=cpus).threads for cpus in (0, 0.5, 1, 2.5, 8)] == [1, 1, 1, 2, 8]
+    assert [WorkerResources(cpus=cpus, gpus=1).threads for cpus in (0, 0.5, 1, 2.5, 8)] == [1, 1, 1, 2, 8]
 
 
 def test_a_file_of_rows_stands_for_its_content(minimal: Path, tmp_path: Path) -> None:

@@ -241,6 +241,7 @@ def test_select_takes_kinds_of_one_iteration_or_all() -> None:
     [
         (("scoring",), None, "no stage is called scoring; `montessori stages` lists them"),
         (("a", "b"), None, "no stage is called a or b; `montessori stages` lists them"),
+        (("score", "traim_student"), None, "no stage is called traim_student; `montessori stages` lists them"),
         (("score",), 2, "no stage is called score in iteration 2; `montessori stages` lists them"),
         ((), 2, "no stage is in iteration 2; `montessori stages` lists them"),
         (("evaluate",), 0, "no stage is called evaluate in iteration 0; `montessori stages` lists them"),

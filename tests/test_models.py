@@ -20,7 +20,9 @@ from transformers import (
     T5Config,
 )
 
-from montessori_ray.config import Lora
+from montessori_ray.artifacts.manifest import Identity
+from montessori_ray.artifacts.run import Run
+from montessori_ray.config import Lora, load_config
 from montessori_ray.errors import ModelError
 from montessori_ray.models import (
     SMOLLM2,
@@ -33,6 +35,7 @@ from montessori_ray.models import (
     resolve_model,
     with_template,
 )
+from montessori_ray.stages.inputs import require_whole
 from montessori_ray.training.adapters import add_adapter
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} </s>{% endfor %}"
@@ -287,6 +290,18 @@ def test_an_adapter_is_joined_with_its_model(tmp_path):
     )
     assert torch.equal(joined, apart)
     assert not torch.allclose(joined, plain)
+
+
+def test_an_adapter_cannot_be_judged_in_an_engine_that_knows_none(tmp_path):
+    quickstart = Path(__file__).parents[1] / "configs/quickstart.yaml"
+    joined = Run(str(tmp_path / "run")).artifact("inputs/student")
+    joined.begin(Identity(stage="student", settings={}, inputs={}))
+    with joined.model_writer() as folder:
+        join_adapter(save_adapter(tmp_path / "adapter", save_model(tmp_path / "base")), folder)
+    joined.commit(details={}, seconds=0.0)
+    require_whole(load_config(quickstart), joined)
+    with pytest.raises(ModelError, match=r"is an adapter, and evaluate\.judge has the student answer in vLLM"):
+        require_whole(load_config(quickstart, ["evaluate.judge={model: pool}"]), joined)
 
 
 def test_what_an_adapter_cannot_be_is_said(tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from montessori_ray.errors import DataError
 from montessori_ray.evaluation import fresh
 from montessori_ray.evaluation.diversity import SAMPLE, describe_data
 from montessori_ray.evaluation.fresh import Groups
@@ -204,8 +205,19 @@ def _fresh_row(
 
 
 def _by_teacher(cells: list[CellOutputs], found: dict[str, Groups]) -> list[Groups]:
-    """Influences of each teacher of these cells, in their order."""
-    return [found[name] for name in dict.fromkeys(cell.fresh_set for cell in cells)]
+    """Influences of each teacher of these cells, in their order.
+
+    Raises:
+        DataError: none of a teacher's examples has a score.
+    """
+    names = list(dict.fromkeys(cell.fresh_set for cell in cells))
+    for name in names:
+        if name not in found:
+            raise DataError(
+                f"no example of {name} has a score, so its teacher cannot be compared: the report of the run says why "
+                "they were quarantined; leave that arm or seed out of `compare`"
+            )
+    return [found[name] for name in names]
 
 
 def _together(teachers: list[Groups]) -> Groups:

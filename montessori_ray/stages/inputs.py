@@ -116,18 +116,25 @@ def _require_prompts(config: Config) -> None:
 
 def import_student(context: StageContext[AnySettings]) -> dict[str, Any]:
     """The original student as `inputs/student`, without `student.drop_layers`."""
-    from montessori_ray.models import resolve_model  # late: see stages/__init__.py
-    from montessori_ray.training.adapters import has_adapter
-
-    config, student = context.config, context.config.student
-    if isinstance(config, Config) and config.evaluate.judge and has_adapter(resolve_model(student.model)):
-        raise ModelError(
-            f"student.model {student.model} is an adapter, and evaluate.judge has the student answer in vLLM, which is "
-            "not given it: merge the adapter into its model first, or leave evaluate.judge out"
-        )
+    student = context.config.student
     return _import_model(
         context, student.model, "student", student.chat_template, student.max_length, student.drop_layers
     )
+
+
+def require_whole(config: AnySettings, student: Artifact) -> None:
+    """Refuse a student with an adapter where a judge is to read its answers, whose engine knows nothing of adapters.
+
+    Raises:
+        ModelError: names the student.
+    """
+    from montessori_ray.training.adapters import has_adapter  # late: see stages/__init__.py
+
+    if isinstance(config, Config) and config.evaluate.judge and has_adapter(student.model_path()):
+        raise ModelError(
+            f"student.model {config.student.model} is an adapter, and evaluate.judge has the student answer in vLLM, "
+            "which is not given it: merge the adapter into its model first, or leave evaluate.judge out"
+        )
 
 
 def require_measurable(config: AnySettings, student: Artifact, sets: Iterable[Artifact]) -> None:

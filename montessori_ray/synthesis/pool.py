@@ -148,7 +148,16 @@ class TeacherPool:
             f"the teacher pool was not healthy on {model_dir} within {config.start_timeout_s:.0f} s "
             f"(pool.start_timeout_s): it asks for {config.replicas} x {config.worker.bundle}, and of the cluster's "
             f"{_amounts(ray.cluster_resources())} these are free: {_amounts(ray.available_resources())}; ask for less, "
-            "or give it more time"
+            f"or give it more time{self._others()}"
+        )
+
+    def _others(self) -> str:
+        others = sorted(serve.status().applications.keys() - {self._name})
+        if not others:
+            return ""
+        return (
+            f". Other applications on this cluster: {', '.join(others)}; a teacher pool whose driver was killed stays "
+            "until its run is continued, or until `serve shutdown` on this node ends all of them"
         )
 
 
