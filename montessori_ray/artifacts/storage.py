@@ -102,13 +102,11 @@ class Storage:
             if entry.startswith(TEMPORARY):
                 self.remove(f"{name}/{entry}")
 
-    def write_table(self, name: str, table: pa.Table) -> str:
-        """Write a table as one Parquet file, atomically; returns the SHA-256 of the file."""
+    def write_table(self, name: str, table: pa.Table) -> None:
+        """Write a table as one Parquet file, atomically."""
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
-        content = sink.getvalue().to_pybytes()
-        self.write(name, content)
-        return hashlib.sha256(content).hexdigest()
+        self.write(name, sink.getvalue().to_pybytes())
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """Read one Parquet file.

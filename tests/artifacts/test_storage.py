@@ -75,15 +75,17 @@ def test_remove_takes_files_and_folders_and_minds_nothing_absent(storage: Storag
 
 
 def test_table_round_trip_and_digest_of_its_file(storage: Storage) -> None:
-    digest = storage.write_table("set/part-0.parquet", TABLE)
-    assert digest == hashlib.sha256(storage.read("set/part-0.parquet")).hexdigest()
+    storage.write_table("set/part-0.parquet", TABLE)
+    assert storage.digest("set/part-0.parquet") == hashlib.sha256(storage.read("set/part-0.parquet")).hexdigest()
     assert storage.read_table("set/part-0.parquet").equals(TABLE)
     assert storage.read_table("set/part-0.parquet", ["score"]).column_names == ["score"]
     assert rows_of(TABLE) == [{"id": "a", "score": 0.5}, {"id": "b", "score": None}]
 
 
 def test_equal_tables_have_equal_digests(storage: Storage) -> None:
-    assert storage.write_table("one", TABLE) == storage.write_table("two", TABLE.slice(0))
+    storage.write_table("one", TABLE)
+    storage.write_table("two", TABLE.slice(0))
+    assert storage.digest("one") == storage.digest("two")
 
 
 def test_sweep_removes_what_killed_writers_left_and_nothing_else(storage: Storage) -> None:
