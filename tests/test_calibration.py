@@ -56,13 +56,13 @@ def test_plan_predicts_scoring_with_the_settings_that_were_measured(tmp_path: Pa
 
 
 def test_gpu_hours_count_all_ranks(tmp_path: Path) -> None:
-    config = quickstart(tmp_path, "score.groups=3", "score.group_size=2", "score.worker={cpus: 1, gpus: 0.5}")
+    config = quickstart(tmp_path, "score.groups=3", "score.group_size=2", "score.worker={cpus: 1, gpus: 1}")
     (stage,) = [stage for stage in stages_of(config) if stage.name == "iteration_00/score"]
     settings = measured_settings(config)
     calibration = Calibration(
         settings=settings, **{**PARTS, "start_s": 3600.0, "point_s": 0, "stop_s": 0, "recheck_s": 0}
     )
-    assert say_scoring(calibration, stage, config) == "1:00:05, 3 GPU-hours"
+    assert say_scoring(calibration, stage, config) == "1:00:05, 6 GPU-hours"
 
 
 def test_an_arm_that_scores_in_another_way_is_promised_nothing(tmp_path: Path) -> None:

@@ -130,6 +130,8 @@ def start_scoring_actor(
             "with `montessori score`, whose groups may have several ranks"
         )
     worker = settings.worker
+    if not ray.is_initialized():
+        ray.init()
     require_room("a scoring actor", [worker.bundle], cluster_nodes())
     actor = ScoringActor.options(  # type: ignore[attr-defined]
         num_cpus=worker.cpus,

@@ -15,6 +15,7 @@ import torch
 
 from montessori_ray.config import Score, WorkerResources
 from montessori_ray.errors import ConfigError, DataError, ModelError, ResourceError
+from montessori_ray.influence import service
 from montessori_ray.influence.estimators import NotRestoredError
 from montessori_ray.influence.scorer import Scorer, join_alone, leave
 from montessori_ray.influence.service import CALL_RETRIES, ScoringActor, require_rows, start_scoring_actor
@@ -62,6 +63,8 @@ def test_a_call_that_kills_its_process_is_not_repeated_for_ever(monkeypatch: pyt
     options = Mock()
     monkeypatch.setattr(ScoringActor, "options", options)
     monkeypatch.setattr(ray, "get", Mock())
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(service, "cluster_nodes", lambda: [{"CPU": 1.0, "GPU": 0.0}])
     start_scoring_actor("student", REFERENCE, SETTINGS)
     told = options.call_args.kwargs
     assert (told["max_restarts"], told["max_task_retries"]) == (-1, CALL_RETRIES)
